@@ -1,0 +1,255 @@
+"""Everything a run is made of, as keyword-only dataclasses. `Config.to_dict` is a run's config.json."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .errors import OptionError, UserError, suggest
+
+OBJECTIVES = ("label", "ban", "ban+l", "cwtm", "dkpp")
+SCHEDULES = ("step", "cosine", "onecycle", "constant")
+AMP_MODES = ("off", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+AUGMENTATIONS = ("auto", "none", "crop", "crop+flip")
+PADDINGS = ("reflect", "zero")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, and what is done to them."""
+
+    name: str = "digits"
+    """A dataset's name (`ban_fast.data.names()`), or a folder laid out as train/CLASS/* and test/CLASS/*."""
+    directory: str | None = None
+    """The dataset's own directory or its parent. None: $BAN_FAST_DATA, else ~/.cache/ban_fast."""
+    image_size: int | None = None
+    """Side in pixels that images of a folder are resized to. None: the dataset's own (folders: 32)."""
+    augmentation: str = "auto"
+    """"crop" (random crop after padding), "crop+flip", "none", or "auto": what the dataset is usually given."""
+    padding: str = "reflect"
+    """How the 4 pixels around an image are filled before a crop: "reflect" or "zero"."""
+    val_fraction: float = 0.0
+    """Share of the training images held out, in [0, 1). The test images are never touched by it."""
+    limit_train: int | None = None
+    """Keep only this many training images. None: all."""
+    limit_test: int | None = None
+    """Keep only this many test images. None: all."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which network every generation is."""
+
+    name: str = "convnet-24"
+    """A name that `ban_fast.models.create` knows; "custom" where the caller passed a factory of their own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that network, `memory="checkpoint"` for example."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What a student is trained on. The teacher, generation 0, is always trained on labels."""
+
+    name: str = "ban"
+    """"label", "ban" (the teacher's outputs alone), "ban+l" (with labels), "cwtm" or "dkpp"."""
+    temperature: float = 1.0
+    """Both softmaxes' temperature; the KD term is multiplied by its square."""
+    kd_weight: float | None = None
+    """Weight of the KD term. None: 1. Not for label and cwtm, which have none."""
+    label_weight: float | None = None
+    """Weight of the label term. None: 1 for ban+l, else 0. For ban+l and dkpp alone."""
+
+    def weights(self) -> tuple[float, float]:
+        """(kd_weight, label_weight) with the defaults of the objective filled in."""
+        kd = 1.0 if self.kd_weight is None else self.kd_weight
+        label = (1.0 if self.name == "ban+l" else 0.0) if self.label_weight is None else self.label_weight
+        return kd, label
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """SGD and its learning-rate schedule; the defaults are the paper's."""
+
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of it."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every trainable parameter, batch-norm and biases included."""
+    schedule: str = "step"
+    """"step" (lr_decay at each milestone), "cosine", "onecycle" or "constant"."""
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
+    """Shares of the run at which "step" multiplies the learning rate by lr_decay."""
+    lr_decay: float = 0.2
+    """Factor of "step"."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run: a teacher (generation 0) and `generations` students, each taught by the one before."""
+
+    FORMAT: ClassVar[int] = 1
+
+    recipe: str = "custom"
+    """The recipe that this configuration began as; for the record."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which images."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which network."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What students learn from."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How they are updated."""
+    generations: int = 3
+    """Students after the teacher; 0 trains the teacher alone."""
+    epochs: int = 200
+    """Passes over the training images, for each generation."""
+    batch_size: int = 128
+    """Images a step."""
+    max_steps: int | None = None
+    """Stop each generation after this many optimizer steps. None: epochs alone decide."""
+    seed: int = 0
+    """Every random draw of the run derives from it."""
+    device: str = "auto"
+    """"cpu", "cuda", or "auto": CUDA where there is a device."""
+    amp: str = "off"
+    """Mixed precision: "off", "bf16", or "fp16" (with loss scaling)."""
+    channels_last: bool = False
+    """Keep images and weights in NHWC memory."""
+    compile: bool = False
+    """Run the networks through torch.compile."""
+    evaluate_every: int = 1
+    """Epochs between two points of the learning curve. The last epoch is always evaluated."""
+    checkpoint_seconds: float = 5.0
+    """Seconds of training between two checkpoints, at most (and always at the end of a generation)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` takes it back."""
+        return {"format": self.FORMAT, **_plain(dataclasses.asdict(self))}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The configuration of a config.json. Unknown keys and wrong types are a UserError that names them."""
+        if not isinstance(values, dict):
+            raise UserError(f"a configuration is a JSON object, got {type(values).__name__}")
+        values = dict(values)
+        version = values.pop("format", cls.FORMAT)
+        if version != cls.FORMAT:
+            raise UserError(f"configuration format {version!r} is not known; this version reads format {cls.FORMAT}")
+        config: Config = _build(cls, values, "")
+        config.validate()
+        return config
+
+    def validate(self) -> None:
+        """Raise OptionError for the first value that no run could use."""
+        for section, prefix in (
+            (self, ""),
+            (self.data, "data."),
+            (self.model, "model."),
+            (self.objective, "objective."),
+            (self.optimizer, "optimizer."),
+        ):
+            for f in dataclasses.fields(section):
+                if not dataclasses.is_dataclass(getattr(section, f.name)):
+                    _check_type(prefix + f.name, getattr(section, f.name), _hints(type(section))[f.name])
+        _choice("data.augmentation", self.data.augmentation, AUGMENTATIONS)
+        _choice("data.padding", self.data.padding, PADDINGS)
+        _choice("objective.name", self.objective.name, OBJECTIVES)
+        _choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
+        _choice("device", self.device, DEVICES)
+        _choice("amp", self.amp, AMP_MODES)
+        for name, value, least in (
+            ("data.image_size", self.data.image_size, 1),
+            ("data.limit_train", self.data.limit_train, 1),
+            ("data.limit_test", self.data.limit_test, 1),
+            ("generations", self.generations, 0),
+            ("epochs", self.epochs, 1),
+            ("batch_size", self.batch_size, 1),
+            ("max_steps", self.max_steps, 1),
+            ("seed", self.seed, 0),
+            ("evaluate_every", self.evaluate_every, 1),
+        ):
+            if value is not None and value < least:
+                raise OptionError(name, f"must be at least {least}, got {value}")
+        if self.seed >= 2**63:
+            raise OptionError("seed", f"must be below 2**63, got {self.seed}")
+        if not 0 <= self.data.val_fraction < 1:
+            raise OptionError("data.val_fraction", f"must be in [0, 1), got {self.data.val_fraction}")
+        for name, value, positive in (
+            ("objective.temperature", self.objective.temperature, True),
+            ("objective.kd_weight", self.objective.kd_weight, False),
+            ("objective.label_weight", self.objective.label_weight, False),
+            ("optimizer.lr", self.optimizer.lr, True),
+            ("optimizer.momentum", self.optimizer.momentum, False),
+            ("optimizer.weight_decay", self.optimizer.weight_decay, False),
+            ("optimizer.lr_decay", self.optimizer.lr_decay, True),
+            ("checkpoint_seconds", self.checkpoint_seconds, False),
+        ):
+            if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
+                raise OptionError(
+                    name, f"must be a finite number {'above 0' if positive else 'of at least 0'}, got {value}"
+                )
+        if self.optimizer.nesterov and self.optimizer.momentum == 0:
+            raise OptionError("optimizer.nesterov", "needs a momentum above 0")
+        stones = self.optimizer.milestones
+        if list(stones) != sorted(stones) or not all(0 < m < 1 for m in stones):
+            raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")
+        if self.objective.name in ("label", "cwtm") and self.objective.kd_weight is not None:
+            raise OptionError("objective.kd_weight", f"objective {self.objective.name!r} has no KD term")
+        if self.objective.name in ("label", "ban", "cwtm") and self.objective.label_weight is not None:
+            raise OptionError(
+                "objective.label_weight", f"objective {self.objective.name!r} has no label term to weigh; use 'ban+l'"
+            )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = _hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    made = {}
+    for key, value in values.items():
+        if key not in names:
+            raise UserError(f"unknown configuration key {prefix + key!r}{suggest(key, names)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise OptionError(prefix + key, f"must be an object, got {type(value).__name__}")
+            value = _build(hints[key], value, f"{prefix}{key}.")
+        elif typing.get_origin(hints[key]) is tuple and isinstance(value, list):
+            value = tuple(value)
+        made[key] = value
+    return cls(**made)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    accepted: tuple[Any, ...] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in accepted:
+        origin = typing.get_origin(kind) or kind
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            return
+        if origin is int and isinstance(value, bool):
+            continue
+        if isinstance(value, origin):
+            return
+    wanted = " or ".join("null" if k is type(None) else (typing.get_origin(k) or k).__name__ for k in accepted)
+    raise OptionError(name, f"must be {wanted}, got {value!r}")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(name, f"unknown value {value!r}{suggest(value, choices)}")

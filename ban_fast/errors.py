@@ -1,0 +1,27 @@
+"""Mistakes of a user, told in one line. The lowest floor: imports nothing of ours."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that its maker can mend: the message names what was given and the remedy, on one line."""
+
+
+class OptionError(UserError):
+    """A config field with a value that cannot be used.
+
+    `field` is its dotted path in `Config` ("batch_size", "optimizer.lr"); the command line prints the flag instead.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """"; did you mean 'x'?" for the nearest of the valid names, else the list of all of them."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; choose one of: {', '.join(valid)}"

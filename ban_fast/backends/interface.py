@@ -1,0 +1,124 @@
+"""What a backend is: a module with the functions of `Backend`, over validated, flattened tensors.
+
+The ops (`ban_fast/ops`) check arguments, flatten leading dimensions and own autograd; a backend computes.
+Shapes: R rows, C classes, M rows of the teacher (R unless `teacher_rows` selects among them). Logits are fp32, fp16,
+bf16 or fp64 with any strides, and the two may differ. "acc" is the arithmetic: fp64 where the student is fp64,
+otherwise fp32.
+"""
+
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+Divergence = Literal["kl", "ce"]
+Reduction = Literal["mean", "sum", "none"]
+WeightBy = Literal["teacher_max", "teacher_label"]
+
+
+class LossOutput(NamedTuple):
+    """Loss, its two terms and the gradient, from one pass."""
+
+    loss: Tensor
+    """acc; 0-d, or [R] for reduction "none" (0 in ignored rows)."""
+    kd: Tensor
+    """The KD term, reduced like the loss, T^2 included, before kd_weight; zeros for CWTM."""
+    label: Tensor
+    """The label term, reduced like the loss, before label_weight; zeros where there are no labels."""
+    grad: Tensor | None
+    """[R, C] in the student's dtype, contiguous: d loss / d student at grad_output 1, times 1 / grad_scale.
+    None where need_grad is False."""
+    grad_scale: Tensor | None
+    """0-d acc power of two that `grad` must still be multiplied by, or None for 1. Only fp16 students have one: the
+    gradient is stored at the largest power of two that cannot overflow, so that an AMP loss scale that comes
+    later still finds its bits."""
+
+
+class Backend(Protocol):
+    """The functions every backend offers. No argument is changed, and none syncs the host with a GPU."""
+
+    def kd(
+        self,
+        student: Tensor,  # [R, C]
+        teacher: Tensor,  # [M, C]
+        labels: Tensor | None,  # [R] int64
+        teacher_rows: Tensor | None,  # [R] int64 into M
+        *,
+        temperature: float,
+        kd_weight: float,
+        label_weight: float,
+        divergence: Divergence,
+        scale_t2: bool,
+        ignore_index: int,
+        reduction: Reduction,
+        need_grad: bool,
+    ) -> LossOutput:
+        """kd_weight * T^2 * KL(p_T || q_T) + label_weight * CE(q, labels)."""
+        ...
+
+    def cwtm(
+        self,
+        student: Tensor,  # [R, C]
+        teacher: Tensor | None,  # [M, C]; None where confidence is given
+        labels: Tensor,  # [R] int64
+        confidence: Tensor | None,  # [M] fp32: c of every teacher row
+        normalizer: Tensor | None,  # 0-d: stands for sum_u c_u
+        teacher_rows: Tensor | None,  # [R] int64 into M
+        *,
+        weight_by: WeightBy,
+        ignore_index: int,
+        need_grad: bool,
+    ) -> LossOutput:
+        """sum_s w_s CE_s with w_s = c_s / sum_u c_u over the rows kept; `label` repeats the loss, detached."""
+        ...
+
+    def dkpp(
+        self,
+        student: Tensor,  # [R, C]
+        teacher: Tensor,  # [M, C]
+        labels: Tensor | None,  # [R] int64
+        sample_ids: Tensor | None,  # [R] int64; None: 0..R-1
+        step: Tensor | int,  # 0-d int64 or int
+        teacher_rows: Tensor | None,  # [R] int64 into M
+        *,
+        seed: int,
+        temperature: float,
+        kd_weight: float,
+        label_weight: float,
+        divergence: Divergence,
+        scale_t2: bool,
+        ignore_index: int,
+        reduction: Reduction,
+        need_grad: bool,
+    ) -> LossOutput:
+        """`kd` against the teacher's row with every output but its argmax permuted."""
+        ...
+
+    def dkpp_targets(
+        self,
+        teacher: Tensor,  # [M, C]
+        sample_ids: Tensor | None,  # [R] int64; None: 0..R-1
+        step: Tensor | int,
+        teacher_rows: Tensor | None,  # [R] int64 into M; None: R = M
+        *,
+        seed: int,
+        temperature: float,
+    ) -> Tensor:
+        """The permuted distributions [R, C], fp32 (fp64 for an fp64 teacher)."""
+        ...
+
+    def dkpp_permutation(
+        self,
+        argmax: Tensor,  # [R] int64: the class each row keeps
+        sample_ids: Tensor | None,  # [R] int64; None: 0..R-1
+        step: Tensor | int,
+        *,
+        seed: int,
+        num_classes: int,
+    ) -> Tensor:
+        """[R, C] int64: class j of the target takes the teacher's value of class result[:, j]."""
+        ...
+
+    def scale_grad_(self, grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tensor:
+        """grad *= grad_output * grad_scale in place, in acc with one rounding, and return it; untouched, and not
+        even read, where the product is 1. grad_output is 0-d, or [R] for reduction "none"."""
+        ...

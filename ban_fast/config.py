@@ -180,7 +180,7 @@ class Config:
             raise OptionError("seed", f"must be below 2**63, got {self.seed}")
         if not 0 <= self.data.val_fraction < 1:
             raise OptionError("data.val_fraction", f"must be in [0, 1), got {self.data.val_fraction}")
-        for name, value, positive in (
+        for name, number, positive in (
             ("objective.temperature", self.objective.temperature, True),
             ("objective.kd_weight", self.objective.kd_weight, False),
             ("objective.label_weight", self.objective.label_weight, False),
@@ -190,9 +190,9 @@ class Config:
             ("optimizer.lr_decay", self.optimizer.lr_decay, True),
             ("checkpoint_seconds", self.checkpoint_seconds, False),
         ):
-            if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
+            if number is not None and not (math.isfinite(number) and (number > 0 or (number == 0 and not positive))):
                 raise OptionError(
-                    name, f"must be a finite number {'above 0' if positive else 'of at least 0'}, got {value}"
+                    name, f"must be a finite number {'above 0' if positive else 'of at least 0'}, got {number}"
                 )
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise OptionError("optimizer.nesterov", "needs a momentum above 0")

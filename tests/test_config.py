@@ -1,0 +1,100 @@
+"""Config: a faithful record, and a strict reader of one."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ban_fast.errors import OptionError, UserError, suggest
+
+EVERYTHING = Config(
+    recipe="demo",
+    data=DataConfig(name="cifar100", directory="/data", val_fraction=0.1, limit_train=5),
+    model=ModelConfig(name="wrn-10-1", options={"dropout": 0.3, "memory": "plain"}),
+    objective=ObjectiveConfig(name="ban+l", temperature=4, kd_weight=0.9, label_weight=0.1),
+    optimizer=OptimizerConfig(lr=1, milestones=(0.25, 0.5)),
+    max_steps=7,
+)
+
+
+def test_json_round_trip() -> None:
+    assert Config.from_dict(json.loads(json.dumps(EVERYTHING.to_dict()))) == EVERYTHING
+    assert Config.from_dict({}) == Config()
+
+
+def test_every_field_has_a_docstring() -> None:
+    import ast
+    import inspect
+
+    import ban_fast.config as module
+
+    for cls in (c for c in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(c, ast.ClassDef)):
+        assert ast.get_docstring(cls), cls.name
+        for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented, f"{cls.name}.{ast.unparse(field.target)}"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "said"),
+    [
+        ({"epochs": 0}, "epochs", "at least 1, got 0"),
+        ({"epochs": "3"}, "epochs", "must be int, got '3'"),
+        ({"seed": True}, "seed", "must be int, got True"),
+        ({"seed": 2**63}, "seed", "below 2**63"),
+        ({"batch_size": 0}, "batch_size", "at least 1, got 0"),
+        ({"generations": -1}, "generations", "at least 0, got -1"),
+        ({"max_steps": 1.5}, "max_steps", "int or null"),
+        ({"amp": "bf15"}, "amp", "did you mean 'bf16'"),
+        ({"objective": {"name": "bam"}}, "objective.name", "did you mean 'ban'"),
+        ({"objective": {"name": "cwtm", "kd_weight": 1}}, "objective.kd_weight", "no KD term"),
+        ({"objective": {"name": "ban", "label_weight": 1}}, "objective.label_weight", "use 'ban+l'"),
+        ({"objective": {"temperature": 0}}, "objective.temperature", "above 0, got 0"),
+        ({"optimizer": {"lr": float("nan")}}, "optimizer.lr", "finite number above 0, got nan"),
+        ({"optimizer": {"weight_decay": -1}}, "optimizer.weight_decay", "of at least 0, got -1"),
+        ({"optimizer": {"milestones": [0.6, 0.3]}}, "optimizer.milestones", "rising"),
+        ({"optimizer": {"momentum": 0}}, "optimizer.nesterov", "momentum above 0"),
+        ({"data": {"val_fraction": 1}}, "data.val_fraction", "[0, 1), got 1"),
+        ({"data": {"limit_train": 0}}, "data.limit_train", "at least 1, got 0"),
+        ({"data": "cifar10"}, "data", "must be an object"),
+    ],
+)
+def test_a_wrong_value_names_its_field(change: dict, field: str, said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Config.from_dict(change)
+    assert caught.value.field == field
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_keys_and_formats_are_refused() -> None:
+    with pytest.raises(UserError, match="'epoks'; did you mean 'epochs'"):
+        Config.from_dict({"epoks": 3})
+    with pytest.raises(UserError, match=r"'optimizer\.lrr'; did you mean 'lr'"):
+        Config.from_dict({"optimizer": {"lrr": 3}})
+    with pytest.raises(UserError, match="format 2"):
+        Config.from_dict({"format": 2})
+    with pytest.raises(UserError, match="JSON object, got list"):
+        Config.from_dict([])  # type: ignore[arg-type]
+
+
+def test_weights_of_the_objectives() -> None:
+    """ban+l is the paper's plain sum; the others have no label term unless one is asked for."""
+    assert ObjectiveConfig(name="ban").weights() == (1.0, 0.0)
+    assert ObjectiveConfig(name="ban+l").weights() == (1.0, 1.0)
+    assert ObjectiveConfig(name="dkpp", label_weight=0.5).weights() == (1.0, 0.5)
+    assert ObjectiveConfig(name="ban+l", kd_weight=0, label_weight=0.25).weights() == (0.0, 0.25)
+
+
+def test_defaults_are_the_papers() -> None:
+    """PAPER: SGD, Nesterov 0.9, weight decay 5e-4, lr 0.1 times 0.2 at 30/60/80 %, batch 128, 200 epochs."""
+    c = Config()
+    assert dataclasses.astuple(c.optimizer) == (0.1, 0.9, True, 5e-4, "step", (0.3, 0.6, 0.8), 0.2)
+    assert (c.batch_size, c.epochs, c.generations) == (128, 200, 3)
+
+
+def test_suggest() -> None:
+    assert suggest("wnr-28-1", ["wrn-28-1", "mlp"]) == "; did you mean 'wrn-28-1'?"
+    assert suggest("zzz", ["a", "b"]) == "; choose one of: a, b"

@@ -1,0 +1,7 @@
+"""How good a network, or a vote of several, is; and the reading side of a run directory."""
+
+from .ensembles import AVERAGES, ensemble
+from .metrics import ECE_BINS, classification_metrics, reliability
+from .run_directory import RunDirectory
+
+__all__ = ["AVERAGES", "ECE_BINS", "RunDirectory", "classification_metrics", "ensemble", "reliability"]

@@ -1,0 +1,101 @@
+"""The reading side of a run directory. Nothing here writes, or needs more than the JSON files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
+MODEL, METRICS, STATE = "model.safetensors", "metrics.jsonl", "state.pt"
+RESULTS_FORMAT = 1
+
+
+class RunDirectory:
+    """What a run left: config.json, environment.json, results.json, generation-N/{model.safetensors, metrics.jsonl, state.pt}.
+
+    UserError where the path is not a run directory, and where a file that is asked for is missing or cut short.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            problem = "not a directory" if self.path.exists() else "no such directory"
+            raise UserError(f"{self.path} is not a run directory: {problem}")
+        if not (self.path / CONFIG).is_file():
+            raise UserError(f"{self.path} is not a run directory: it has no {CONFIG}")
+
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return self._object(CONFIG)
+
+    def environment(self) -> dict[str, Any]:
+        """environment.json: versions, device, threads and the data's shape."""
+        return self._object(ENVIRONMENT)
+
+    def results(self) -> dict[str, Any]:
+        """results.json: {"format", "generations", "ensembles"}, of the generations finished so far."""
+        if not (self.path / RESULTS).exists():
+            return {"format": RESULTS_FORMAT, "generations": [], "ensembles": []}
+        results = self._object(RESULTS)
+        if results.get("format") != RESULTS_FORMAT:
+            raise UserError(
+                f"{self.path / RESULTS} has format {results.get('format')!r}; this version reads {RESULTS_FORMAT}"
+            )
+        generations, ensembles = results.get("generations"), results.get("ensembles")
+        if (
+            not isinstance(generations, list)
+            or not isinstance(ensembles, list)
+            or not all(isinstance(record, dict) for record in generations + ensembles)
+            or [record.get("generation") for record in generations] != list(range(len(generations)))
+        ):
+            raise UserError(f"{self.path / RESULTS} is corrupted: it does not list generations 0, 1, ...")
+        return results
+
+    def generations(self) -> list[int]:
+        """Generations that were begun, finished or not: those with a metrics.jsonl, in order."""
+        found: list[int] = []
+        while (self.generation(len(found)) / METRICS).is_file():
+            found.append(len(found))
+        return found
+
+    def metrics(self, generation: int) -> list[dict[str, Any]]:
+        """metrics.jsonl of one generation, a record an epoch. A last line that a killed run cut short is left out."""
+        path = self.generation(generation) / METRICS
+        lines = _read(path).split("\n")
+        records = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise UserError(f"{path} is corrupted: line {number} is not a JSON object")
+            records.append(record)
+        return records
+
+    def generation(self, number: int) -> Path:
+        """The folder of generation `number`, there or not."""
+        return self.path / f"generation-{number}"
+
+    def _object(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            value = json.loads(_read(path))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is cut short or corrupted: not JSON") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path} is corrupted: not a JSON object")
+        return value
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is corrupted: not UTF-8 text") from error

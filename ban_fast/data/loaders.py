@@ -1,0 +1,176 @@
+"""Loaders: what the training loop takes batches from.
+
+All of them serve an epoch with `epoch(number, start)`; on `MemoryLoader` and `TensorLoader` its order and its views are
+functions of (seed, epoch, sample id), so any epoch can be had again from any batch on.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import keyed
+from .augment import Augmentation, Cropper, Normalizer
+from .dataset import Split
+
+
+class Batch(NamedTuple):
+    """One step's samples, all on the loader's device."""
+
+    images: Tensor
+    """What the network takes: [B, C, H, W], normalised; [B, ...] of a user's own."""
+    labels: Tensor
+    """int64 [B]."""
+    sample_ids: Tensor
+    """int64 [B]: which samples these are."""
+    views: Tensor
+    """int64 [B]: which of its views each sample shows; 0 where there is but one."""
+
+
+class Loader(Protocol):
+    """What the training loop needs of a loader."""
+
+    @property
+    def exact_resume(self) -> bool:
+        """Whether `epoch(e, start)` is exactly the tail of `epoch(e)`."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as the network takes it: (C, H, W) for images."""
+        ...
+
+    @property
+    def num_classes_hint(self) -> int | None:
+        """One more than the largest label, where the labels are known."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on."""
+        ...
+
+
+class InMemory:
+    """Order, labels and ids of samples that all lie on one device; a subclass makes the images of a batch."""
+
+    exact_resume = True
+
+    def __init__(
+        self,
+        labels: Tensor,
+        sample_ids: Tensor,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        shuffle: bool,
+        drop_last: bool,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if len(labels) == 0:
+            raise UserError("there is not one sample to load")
+        self._labels = labels.to(device)
+        self._sample_ids = sample_ids.to(device)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._device = device
+        self._shuffle = shuffle
+        self._drop_last = drop_last and len(labels) >= batch_size
+        self.num_classes_hint = int(labels.max()) + 1
+
+    def __len__(self) -> int:
+        """Samples, not batches."""
+        return len(self._labels)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch; fewer samples than one batch are one batch of all, `drop_last` or not."""
+        whole, rest = divmod(len(self._labels), self._batch_size)
+        return whole + (1 if rest and not self._drop_last else 0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `epoch` from number `start` on: the same as the whole epoch's, without the work."""
+        steps = self.steps_per_epoch
+        if epoch < 0 or not 0 <= start <= steps:
+            raise ValueError(f"epoch must be at least 0 and start in 0..{steps}, got {epoch} and {start}")
+        return self._batches(epoch, range(start, steps))
+
+    def _batches(self, epoch: int, steps: range) -> Iterator[Batch]:
+        if not steps:
+            return
+        # Once an epoch and for all samples: some 30 small operations, which each batch would pay otherwise.
+        if self._shuffle:
+            order = keyed.order(self._seed, epoch, self._sample_ids)
+        else:
+            order = torch.arange(len(self._labels), device=self._device)
+        labels, ids, views = self._labels[order], self._sample_ids[order], self._views(epoch)[order]
+        for step in steps:
+            part = slice(step * self._batch_size, (step + 1) * self._batch_size)
+            yield Batch(self._images(order[part], views[part]), labels[part], ids[part], views[part])
+
+    def _views(self, epoch: int) -> Tensor:  # -> [N]
+        return torch.zeros_like(self._sample_ids)
+
+    def _images(self, rows: Tensor, views: Tensor) -> Tensor:  # [B], [B] -> [B, ...]
+        raise NotImplementedError
+
+
+class MemoryLoader(InMemory):
+    """Batches of a `Split` whose uint8 images lie on `device`, cut, normalised and cast there.
+
+    Equivalent to padding, cropping and flipping each image by itself, in the order that (seed, epoch) gives; neither
+    batch size nor device changes a bit of what a sample looks like in an epoch. For evaluation: `shuffle=False,
+    drop_last=False` and no augmentation.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        augmentation: Augmentation | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        device = torch.device(device)
+        super().__init__(
+            split.labels,
+            split.sample_ids,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            shuffle=shuffle,
+            drop_last=drop_last,
+        )
+        _, height, width, channels = split.images.shape
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean and std must have {channels} values each, got {len(mean)} and {len(std)}")
+        self.augmentation = augmentation
+        self.sample_shape = (channels, height, width)
+        self._stored = split.images.to(device)
+        self._crop = Cropper(augmentation, self._stored) if augmentation is not None else None
+        self._normalise = Normalizer(mean, std, width, device=device, dtype=dtype, channels_last=channels_last)
+
+    def _views(self, epoch: int) -> Tensor:
+        if self.augmentation is None:
+            return super()._views(epoch)
+        hashed = keyed.bits(self._seed, epoch, self._sample_ids, keyed.VIEW)
+        return keyed.below(hashed, self.augmentation.views)
+
+    def _images(self, rows: Tensor, views: Tensor) -> Tensor:
+        cut = self._stored.index_select(0, rows) if self._crop is None else self._crop(rows, views)
+        return self._normalise(cut)

@@ -3,7 +3,7 @@
 from .augment import Augmentation
 from .dataset import Dataset, Split
 from .loaders import Batch, Loader, MemoryLoader
-from .registry import load, names
+from .registry import load, names, prepare
 from .user_data import TensorLoader, WrappedDataLoader
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "WrappedDataLoader",
     "load",
     "names",
+    "prepare",
 ]

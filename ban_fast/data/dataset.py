@@ -54,7 +54,12 @@ class Part:
     labels: Tensor
     """int64 [N]."""
     read: Callable[[Tensor], Tensor]
-    """Positions, int64 [M], to images, uint8 [M, H, W, C]."""
+    """Positions, int64 [M], ascending, to images, uint8 [M, H, W, C]."""
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor) -> "Part":
+        """The part whose images, uint8 [N, H, W, C], are in memory."""
+        return cls(labels, lambda positions: images if len(positions) == len(images) else images[positions])
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,10 +43,6 @@ def read() -> Source:
         padding=1,
         crop=True,
         flip=False,
-        train=_part(images[is_train], labels[is_train]),
-        test=_part(images[test], labels[test]),
+        train=Part.of(images[is_train], labels[is_train]),
+        test=Part.of(images[test], labels[test]),
     )
-
-
-def _part(images: torch.Tensor, labels: torch.Tensor) -> Part:
-    return Part(labels, lambda positions: images[positions])

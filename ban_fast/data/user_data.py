@@ -93,7 +93,7 @@ class WrappedDataLoader:
 
     @functools.cached_property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample as the network takes it; found by drawing a batch, torch's random state put back after it."""
+        """Shape of one sample as the network takes it; found by drawing a batch, random state of torch unmoved."""
         with torch.random.fork_rng(devices=[]):
             x, _ = _pair(next(iter(self._loader)))
         return tuple(x.shape[1:])

@@ -1,0 +1,108 @@
+"""Downloads of the published archives: checked against their sums, then unpacked in one piece or not at all."""
+
+import hashlib
+import http.client
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import UserError
+from . import cifar
+from .cifar import Published
+
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes that have come and, where the server says, the bytes that will."""
+
+_CHUNK = 1 << 20
+_TIMEOUT_SECONDS = 60
+"""Without a byte from the server."""
+_BY_HAND = "or get the archive elsewhere, unpack it and name its directory with --data-dir"
+
+
+def fetch(published: Published, directory: Path, progress: Progress | None = None) -> Path:
+    """The directory of the dataset under `directory` (its own directory or its parent), downloaded if it isn't there.
+
+    What is there already is read from end to end and left as it is; its sum isn't asked for.
+
+    Raises:
+        UserError: no network, another sum than the published one, no space, or a damaged file where the dataset should
+            be. Nothing of an attempt that failed stays behind.
+    """
+    there = cifar.locate(published, directory)
+    if there is not None:
+        cifar.read(published, there)
+        return there
+    parent = directory.parent if directory.name == published.directory else directory
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".ban-fast-", dir=parent) as scratch:
+            archive, unpacked = Path(scratch) / "archive", Path(scratch) / published.directory
+            _download(published, archive, progress)
+            unpacked.mkdir()
+            _unpack(published, archive, unpacked)
+            cifar.read(published, unpacked)
+            os.replace(unpacked, parent / published.directory)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {published.name} to {parent}: {error.strerror or error}; "
+            "make room there or name another place with --data-dir"
+        ) from None
+    return parent / published.directory
+
+
+def _download(published: Published, path: Path, progress: Progress | None) -> None:
+    digest = hashlib.md5(usedforsecurity=False)
+    done, total = 0, None
+    with path.open("wb") as out:
+        for chunk, total in _receive(published.url):
+            digest.update(chunk)
+            out.write(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
+    if digest.hexdigest() != published.md5:
+        cut = f" ({done} of {total} bytes came)" if total is not None and done != total else ""
+        raise UserError(
+            f"the archive from {published.url} has md5 {digest.hexdigest()}, not the published {published.md5}{cut}; "
+            f"try again, {_BY_HAND}"
+        )
+
+
+def _receive(url: str) -> Iterator[tuple[bytes, int | None]]:
+    """The body in pieces, each with the length of the whole, if the server says it."""
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length and length.isdecimal() else None
+            while chunk := response.read(_CHUNK):
+                yield chunk, total
+    except urllib.error.HTTPError as error:
+        raise UserError(
+            f"cannot download {url}: HTTP {error.code} {error.reason}; try again later, {_BY_HAND}"
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+        raise UserError(f"cannot download {url}: {reason}; check the network, {_BY_HAND}") from None
+
+
+def _unpack(published: Published, archive: Path, directory: Path) -> None:
+    """Copies the dataset's files to names of our own; the archive's paths, links and modes play no part."""
+    wanted = {f"{published.directory}/{file}": directory / file for file in published.files}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.name in wanted and member.isreg() else None
+                if content is not None:
+                    with content, wanted.pop(member.name).open("wb") as out:
+                        shutil.copyfileobj(content, out, _CHUNK)
+                        out.flush()
+                        os.fsync(out.fileno())
+    except tarfile.TarError as error:
+        raise UserError(f"cannot unpack the archive from {published.url}: {error}; {_BY_HAND}") from None
+    if wanted:
+        raise UserError(f"the archive from {published.url} has no file {next(iter(wanted))}; {_BY_HAND}")

@@ -1,0 +1,163 @@
+"""From a backend's one pass, loss and gradient together, to a loss that autograd can call back.
+
+Eager mode calls the backend directly, and hands its gradient out after scaling it in place, so it can be handed out
+once. Traced code (compile, export, fake tensors) calls the operator, and scales into a new tensor by an operator of its
+own: there the compiler decides what may be reused.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ban_fast.backends import dispatch
+from ban_fast.backends.interface import Backend, LossOutput
+
+Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""A LossOutput as an operator returns it: tensors only, shape [0] for None."""
+Result = Tensor | tuple[Tensor, dict[str, Tensor]]
+"""A loss, or with return_terms a loss and its terms."""
+
+
+def evaluate(
+    name: str,
+    student_logits: Tensor,  # [..., C]
+    inputs: tuple[Tensor | int | None, ...],  # the operator's other positional arguments, over rows
+    *,
+    backend: str,
+    return_terms: bool,
+    **options: Any,
+) -> Result:
+    """The loss that operator and backend function `name` compute, with its gradient behind it."""
+    student = flat(student_logits)
+    need_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    if is_traced(student_logits):
+        dispatch.check_name(backend)
+        loss, kd, label = _evaluate_traced(name, student, inputs, need_grad, backend, options)
+    else:
+        chosen = dispatch.resolve(backend, student.device)
+        output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, **options)
+        kd, label = output.kd, output.label
+        loss = _Stored.apply(student_logits, output, chosen) if need_grad else output.loss
+    if student_logits.dim() != 2:
+        loss, kd, label = (_shaped(value, student_logits) for value in (loss, kd, label))
+    return (loss, {"kd": kd, "label": label}) if return_terms else loss
+
+
+def flat(logits: Tensor) -> Tensor:
+    """Logits [..., C] as rows [R, C]: a view where strides allow one."""
+    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+
+
+def flat_rows(values: Tensor | None) -> Tensor | None:
+    """One value a row, [...], as [R]."""
+    return values if values is None or values.dim() == 1 else values.reshape(-1)
+
+
+def _shaped(value: Tensor, logits: Tensor) -> Tensor:
+    """A loss or term of reduction "none", [R], in the labels' shape; a 0-d one as it is."""
+    return value if value.dim() == 0 else value.reshape(logits.shape[:-1])
+
+
+def is_traced(logits: Tensor) -> bool:
+    """Whether a call must go through the dispatcher; in plain eager mode that would cost a third of a small loss."""
+    return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
+
+
+class _Stored(torch.autograd.Function):
+    """d loss / d student as forward left it, given away by backward after one scaling in place."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, output: LossOutput, backend: Backend) -> Tensor:
+        ctx.shape = student.shape
+        ctx.stored = output.grad, output.grad_scale
+        ctx.backend = backend
+        return output.loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a ban_fast loss has no second derivative: call backward without create_graph=True")
+        if ctx.stored is None:
+            raise RuntimeError(
+                "a second backward through one ban_fast loss: the first scaled its stored gradient in place and gave "
+                "it away. Compute the loss again, or add up all that depends on it and call backward once"
+            )
+        grad, grad_scale = ctx.stored
+        ctx.stored = None
+        return ctx.backend.scale_grad_(grad, grad_outputs[0], grad_scale).view(ctx.shape), None, None
+
+
+def _evaluate_traced(
+    name: str,
+    student: Tensor,  # [R, C]
+    inputs: tuple[Tensor | int | None, ...],
+    need_grad: bool,
+    backend: str,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    detached = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
+    operator = getattr(torch.ops.ban_fast, name)
+    loss, kd, label, grad, grad_scale = operator(
+        student.detach(), *detached, need_grad=need_grad, backend=backend, **options
+    )
+    if need_grad:
+        loss = _Traced.apply(student, loss, grad, grad_scale, backend)
+    return loss, kd, label
+
+
+class _Traced(torch.autograd.Function):
+    """The same as a graph of pure operators."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, loss: Tensor, grad: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(grad, grad_scale)
+        ctx.backend = backend
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad, grad_scale = ctx.saved_tensors
+        return torch.ops.ban_fast.scale_grad(grad, grad_outputs[0], grad_scale, ctx.backend), None, None, None, None
+
+
+torch.library.define(
+    "ban_fast::scale_grad",
+    "(Tensor grad, Tensor grad_output, Tensor grad_scale, str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("ban_fast::scale_grad", "default")
+def _scale_grad(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
+    scale = grad_scale if grad_scale.dim() == 0 else None
+    return dispatch.resolve(backend, grad.device).scale_grad_(grad.clone(), grad_output, scale)
+
+
+def _scale_grad_fake(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(grad)
+
+
+torch.library.register_fake("ban_fast::scale_grad", _scale_grad_fake)
+
+
+def pack(output: LossOutput) -> Packed:
+    """What an operator returns for a backend's output."""
+    empty = output.loss.new_empty
+    return (
+        output.loss,
+        output.kd,
+        output.label,
+        empty(0) if output.grad is None else output.grad,
+        empty(0) if output.grad_scale is None else output.grad_scale,
+    )
+
+
+def packed_fake(student: Tensor, reduction: str, need_grad: bool) -> Packed:
+    """The shapes and dtypes of `pack`'s result for a student [R, C]."""
+    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    shape = (student.shape[0],) if reduction == "none" else ()
+    loss, kd, label = (student.new_empty(shape, dtype=acc) for _ in range(3))
+    grad = student.new_empty(student.shape) if need_grad else student.new_empty(0, dtype=acc)
+    scaled = need_grad and student.dtype == torch.float16
+    return loss, kd, label, grad, student.new_empty(() if scaled else 0, dtype=acc)

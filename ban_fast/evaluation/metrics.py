@@ -19,7 +19,7 @@ def classification_metrics(predictions: Tensor, labels: Tensor) -> dict[str, flo
     nll = -log_probabilities.gather(1, labels[:, None]).mean()
     count, confidence, accuracy = _bins(log_probabilities, labels, ECE_BINS)
     ece = (count / len(labels) * (accuracy - confidence).abs()).sum()
-    return {"error": 100.0 * wrong.double().mean().item(), "nll": nll.item(), "ece": ece.item()}
+    return {"error": 100 * int(wrong.sum()) / len(labels), "nll": nll.item(), "ece": ece.item()}
 
 
 def reliability(predictions: Tensor, labels: Tensor, bins: int = ECE_BINS) -> dict[str, list[float]]:

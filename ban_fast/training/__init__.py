@@ -1,0 +1,8 @@
+"""Training: born-again generations from a configuration, and the figures of a finished run computed anew."""
+
+from .evaluate import evaluate_run
+from .generations import run
+from .observer import Interrupted, Observer, Plan
+from .results import Results
+
+__all__ = ["Interrupted", "Observer", "Plan", "Results", "evaluate_run", "run"]

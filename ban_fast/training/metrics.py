@@ -1,0 +1,86 @@
+"""What is measured while training: sums that stay on the device, and a line of metrics.jsonl an epoch."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .objectives import Terms
+
+
+class Meter:
+    """An epoch's means of loss, terms and error, gathered on the device without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.images = 0
+
+    def add(self, terms: Terms, logits: Tensor, labels: Tensor) -> None:  # [B, C], [B]
+        """One batch."""
+        loss = terms.loss.detach()
+        wrong = (logits.detach().argmax(dim=1) != labels).to(loss.dtype).mean()
+        self.sums.add_(torch.stack((loss, terms.kd, terms.label, wrong)), alpha=len(labels))
+        self.images += len(labels)
+
+    def is_finite(self) -> bool:
+        """Whether every loss so far was: NaN and infinity stay in a sum. Waits for the device."""
+        return math.isfinite(self.sums[0].item())
+
+    def means(self) -> dict[str, float | None]:
+        """{"loss", "kd", "label": nats, "error": percent}, means over the images so far. Waits for the device.
+
+        None where a term is not finite, which a term of weight 0 may be, beside logits of -inf.
+        """
+        loss, kd, label, wrong = (self.sums / max(self.images, 1)).tolist()
+        means = {"loss": loss, "kd": kd, "label": label, "error": 100 * wrong}
+        return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.sums.zero_()
+        self.images = 0
+
+
+class Journal:
+    """metrics.jsonl: appended to, and cut back to a length that a checkpoint remembers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` bytes: what was written after the checkpoint will be written again."""
+        try:
+            with open(self.path, "ab") as file:
+                if file.tell() < length:
+                    raise UserError(f"{self.path} is cut short: the checkpoint beside it knows {length} bytes of it")
+                file.truncate(length)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self.bytes = length
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line, whole or not at all."""
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self.bytes)
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self.bytes += len(line)
+
+    def sync(self) -> None:
+        """Make sure that the disk has it: a checkpoint is about to rely on it."""
+        try:
+            with open(self.path, "ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error

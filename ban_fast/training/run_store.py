@@ -1,0 +1,216 @@
+"""The writing side of a run directory. At any instant the files in it are enough to go on from."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..config import Config
+from ..errors import OptionError, UserError
+from ..evaluation.run_directory import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULTS, RESULTS_FORMAT, STATE, RunDirectory
+from .checkpoint import TEMPORARY, load_model, load_state, save_model, save_state, write_json
+from .metrics import Journal
+
+# What may differ between a run and its continuation: nothing that is computed depends on it.
+_FREE = {"data.directory", "checkpoint_seconds"}
+_GENERATIONS = [RESULTS, *(f"generation-*/{name}" for name in (STATE, METRICS, MODEL))]
+_TEMPORARIES = [name + TEMPORARY for name in (CONFIG, ENVIRONMENT, *_GENERATIONS)]
+
+
+def empty_results() -> dict[str, Any]:
+    """results.json before there is any."""
+    return {"format": RESULTS_FORMAT, "generations": [], "ensembles": []}
+
+
+class RunStore:
+    """A run directory, held by one process at a time for as long as this is open."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.results = empty_results()
+        self.environment: dict[str, Any] | None = None
+        self._descriptor: int | None = None
+        self._identity = ""
+
+    def __enter__(self) -> "RunStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._unlock()
+
+    def refuse_existing(self) -> None:
+        """UserError if a new run can't begin here."""
+        if (self.path / CONFIG).exists():
+            raise UserError(f"{self.path} holds a run already: continue it with --resume, or choose another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is not a directory: choose another --out")
+
+    def create(self, config: Config, environment: dict[str, Any]) -> None:
+        """Make the directory and put down what the run is. config.json comes last: with it, the run exists."""
+        made = _make_directories(self.path)
+        try:
+            self._lock()
+            self.refuse_existing()
+            self._remove(_TEMPORARIES + _GENERATIONS)  # without a config.json they are no run's
+            write_json(self.path / ENVIRONMENT, environment)
+            write_json(self.path / CONFIG, config.to_dict())
+        except UserError:
+            if made:
+                with contextlib.suppress(OSError):
+                    (self.path / ENVIRONMENT).unlink(missing_ok=True)
+                    for directory in reversed(made):
+                        directory.rmdir()
+            raise
+        self.environment = environment
+
+    def reopen(self, config: Config) -> None:
+        """Take up the run that is here. UserError if there is none, or if `config` is of another."""
+        if not self.path.is_dir() or not (self.path / CONFIG).exists():
+            raise UserError(f"nothing to resume in {self.path}: there is no {CONFIG}; start without --resume")
+        self._lock()
+        directory = RunDirectory(self.path)
+        stored = Config.from_dict(directory.config())
+        for field, old, new in _differences(stored.to_dict(), config.to_dict()):
+            if field not in _FREE:
+                raise OptionError(field, f"is {new!r} here, but {old!r} in the run in {self.path}; use another --out")
+        self.environment = directory.environment()
+        self.results = directory.results()
+        self._remove(_TEMPORARIES)
+
+    def identify(self, config: Config, shape: dict[str, Any], structure: str) -> None:
+        """Say what is trained: checkpoints carry a hash of it, and those of anything else are refused.
+
+        UserError if the data or the network don't look as they did when the run began.
+        """
+        assert self.environment is not None
+        then = self.environment.get("shape", {})
+        for key in [*shape, *then]:
+            if then.get(key) != shape.get(key):
+                raise UserError(
+                    f"the run in {self.path} began with {key} {then.get(key)}, here it is {shape.get(key)}: "
+                    "resume with the same data and network, or use another --out"
+                )
+        values = {name: value for name, value in _leaves(config.to_dict()) if name not in _FREE}
+        text = json.dumps([values, shape, structure], sort_keys=True)
+        self._identity = hashlib.sha256(text.encode()).hexdigest()
+
+    def generation(self, number: int) -> "GenerationFiles":
+        """The files of one generation; its folder is made."""
+        directory = self.path / f"generation-{number}"
+        _make_directories(directory)
+        return GenerationFiles(directory, f"{self._identity} generation {number}")
+
+    def load_network(self, number: int, network: nn.Module) -> None:
+        """Fill `network` with the weights of a finished generation."""
+        sha256 = self.results["generations"][number].get("model_sha256")
+        load_model(self.path / f"generation-{number}" / MODEL, network, sha256)
+
+    def save_results(self) -> None:
+        """results.json; a generation is finished once it is in there."""
+        write_json(self.path / RESULTS, self.results)
+
+    def _remove(self, patterns: list[str]) -> None:
+        try:
+            for path in itertools.chain.from_iterable(self.path.glob(pattern) for pattern in patterns):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def _lock(self) -> None:
+        """The kernel's lock on the directory itself: it ends with the process, and leaves no file."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise UserError(
+                    f"{self.path} is in use by another process: wait for it, or choose another --out"
+                ) from error
+            # a file system without locks, NFS for one: the run goes on unguarded
+        self._descriptor = descriptor
+        # A DataLoader's forked workers would hold the lock on behalf of a run that was killed.
+        os.register_at_fork(after_in_child=functools.partial(_unlock_in_child, weakref.ref(self)))
+
+    def _unlock(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _unlock_in_child(reference: "weakref.ref[RunStore]") -> None:
+    store = reference()
+    if store is not None:
+        store._unlock()
+
+
+class GenerationFiles:
+    """model.safetensors, metrics.jsonl and state.pt of one generation."""
+
+    def __init__(self, directory: Path, identity: str) -> None:
+        self.directory = directory
+        self.journal = Journal(directory / METRICS)
+        self._identity = identity
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The last checkpoint, with metrics.jsonl cut back to it; None, and no metrics, where there is none."""
+        path = self.directory / STATE
+        if not path.exists():
+            self.journal.cut(0)
+            return None
+        state = load_state(path)
+        if state.get("identity") != self._identity:
+            raise UserError(f"{path} is a checkpoint of another configuration: resume that one, or use another --out")
+        self.journal.cut(state["journal_bytes"])
+        return state
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        self.journal.sync()
+        save_state(self.directory / STATE, {"identity": self._identity, "journal_bytes": self.journal.bytes, **state})
+
+    def save_model(self, network: nn.Module) -> str:
+        """The final weights; returns the file's SHA-256."""
+        return save_model(self.directory / MODEL, network)
+
+
+def _make_directories(path: Path) -> list[Path]:
+    """Make a directory and its parents; those that were not there, outermost first."""
+    missing = [parent for parent in [*reversed(path.parents), path] if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path}: {error.strerror}") from error
+    return missing
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(inner, dict) and name != "model.options":
+            yield from _leaves(inner, f"{name}.")
+        else:
+            yield name, inner
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    before = dict(_leaves(old))
+    for name, value in _leaves(new):
+        if before.get(name) != value:
+            yield name, before.get(name), value

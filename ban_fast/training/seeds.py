@@ -1,0 +1,78 @@
+"""Every random draw of a run, derived from its seed; and the process's generators, left as they were found."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+_BITS = 53  # JSON readers in other languages keep numbers as doubles
+
+
+def generation_seed(run_seed: int, generation: int) -> int:
+    """The seed of one generation, below 2**53; results.json records it."""
+    return _hash(run_seed, f"generation {generation}")
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed, below 2**53, for one purpose ("init", "order", ...) of whatever `seed` belongs to."""
+    return _hash(seed, purpose)
+
+
+def _hash(seed: int, text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), key=seed.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> (64 - _BITS)
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed the global generators of torch (CPU and `device`), Python and numpy."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of those generators, in types that `torch.load(weights_only=True)` admits."""
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    keys, position = numpy["state"]["key"], numpy["state"]["pos"]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": (
+            str(numpy["bit_generator"]),
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(numpy["has_gauss"]),
+            float(numpy["gauss"]),
+        ),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+
+
+@contextmanager
+def isolated(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Whatever is drawn inside, the generators are as before afterwards; `seed` seeds them for the inside."""
+    before = random_state(device)
+    try:
+        if seed is not None:
+            seed_everything(seed, device)
+        yield
+    finally:
+        set_random_state(before, device)

@@ -1,0 +1,292 @@
+"""What a run learns: the data as loaders, and the network every generation is, on the training device."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import data, models
+from ..config import Config, DataConfig, ModelConfig
+from ..data import Augmentation, Dataset, Loader, MemoryLoader, Split, TensorLoader, WrappedDataLoader
+from ..errors import OptionError, UserError
+from .seeds import derived_seed, isolated, seed_everything
+
+CUSTOM = "custom"
+"""The name of a network or of data that the caller brought along."""
+EVALUATION_BATCH = 256
+"""Images at a time where nothing is trained. Fixed: figures computed anew must meet the same arithmetic."""
+
+Samples = tuple[Tensor, Tensor] | DataLoader[Any]
+"""A user's own data: (x [N, ...], y [N]), or a DataLoader of such batches."""
+ModelFactory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Data and network of a run."""
+
+    device: torch.device
+    train: Callable[[int], Loader]
+    """The loader of a generation's training batches, from the seed of their order and views."""
+    evaluation: dict[str, Loader]
+    """"test" and "validation", as far as there are such images; in fixed order."""
+    factory: ModelFactory
+    channels_last: bool
+    shape: dict[str, Any]
+    """Counts of images and classes, the shape of a sample, the network's trainable parameters; in environment.json."""
+    structure: str
+    """A hash of the names and shapes of the network's tensors."""
+
+    def network(self, generation_seed: int) -> nn.Module:
+        """A fresh network, from draws of its own generation's seed."""
+        seed_everything(derived_seed(generation_seed, "init"), self.device)
+        return _placed(self.factory(), self.device, self.channels_last)
+
+
+def training_device(name: str) -> torch.device:
+    """The device that a configuration's `device` means here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device", "there is no CUDA device here; use cpu or auto")
+    return torch.device(name)
+
+
+def with_own(config: Config, model: ModelFactory | None, train: Samples | None, others: list[Samples | None]) -> Config:
+    """The configuration on record where the caller brings a network or data of their own."""
+    if train is None and any(other is not None for other in others):
+        raise UserError("test= and validation= go with train=: pass the training data too")
+    if model is not None:
+        config = dataclasses.replace(config, model=ModelConfig(name=CUSTOM))
+    elif config.model.name == CUSTOM:
+        raise UserError("this configuration's network was the caller's own: pass its factory as model=")
+    if train is not None:
+        for field in dataclasses.fields(DataConfig):
+            value = getattr(config.data, field.name)
+            if field.name != "name" and value != field.default and (field.name, value) != ("augmentation", "none"):
+                raise OptionError(f"data.{field.name}", "is for ban_fast's own datasets, not for data passed as train=")
+        config = dataclasses.replace(config, data=DataConfig(name=CUSTOM))
+    elif config.data.name == CUSTOM:
+        raise UserError("this configuration's data were the caller's own: pass them as train= and test=")
+    return config
+
+
+def make_task(
+    config: Config,
+    device: torch.device,
+    *,
+    model: ModelFactory | None = None,
+    train: Samples | None = None,
+    test: Samples | None = None,
+    validation: Samples | None = None,
+) -> Task:
+    """Read the data, build the network once to see that it fits them, and change nothing on disk."""
+    if train is None:
+        dataset = _load(config.data)
+        classes, exact = len(dataset.classes), True
+        train_loader = _dataset_loader(config, dataset, device)
+        evaluation = _dataset_evaluation(config, dataset, device)
+    else:
+        classes, exact = _own_classes([train, test, validation]), False
+        train_loader = _own_loader(config, train, device, shuffle=True, classes=None)
+        evaluation = {}
+    sample = train_loader(0)
+    shape = sample.sample_shape
+    factory = model or _factory(config.model, classes, shape)
+    with isolated(device, seed=0):
+        network = _placed(factory(), device, config.channels_last)
+        width = _output_width(network, shape, device)
+    if (width != classes) if exact else (width < classes):
+        raise UserError(f"the network's output has {width} classes, the data have {classes}")
+    if train is not None:
+        train_loader = _own_loader(config, train, device, shuffle=True, classes=width)
+        evaluation = {
+            name: _own_loader(config, samples, device, shuffle=False, classes=width)(0)
+            for name, samples in (("test", test), ("validation", validation))
+            if samples is not None
+        }
+        for name, loader in evaluation.items():
+            if loader.sample_shape != shape:
+                raise UserError(
+                    f"{name} samples have shape {list(loader.sample_shape)}, training samples {list(shape)}"
+                )
+    return Task(
+        device=device,
+        train=train_loader,
+        evaluation=evaluation,
+        factory=factory,
+        channels_last=config.channels_last,
+        shape={
+            "sample_shape": list(shape),
+            "classes": width,
+            "steps_per_epoch": sample.steps_per_epoch,
+            "train_images": _count(sample),
+            **{f"{name}_images": _count(loader) for name, loader in evaluation.items()},
+            "parameters": trainable_parameters(network),
+        },
+        structure=_structure(network),
+    )
+
+
+def trainable_parameters(network: nn.Module) -> int:
+    """How many numbers training changes."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def network_factory(config: ModelConfig, shape: dict[str, Any]) -> ModelFactory:
+    """The factory of a configuration's network, from a run's record of what its data looked like."""
+    return _factory(config, shape["classes"], tuple(shape["sample_shape"]))
+
+
+def _load(config: DataConfig) -> Dataset:
+    return data.load(
+        config.name,
+        directory=config.directory,
+        image_size=config.image_size,
+        val_fraction=config.val_fraction,
+        limit_train=config.limit_train,
+        limit_test=config.limit_test,
+    )
+
+
+def _dataset_loader(config: Config, dataset: Dataset, device: torch.device) -> Callable[[int], Loader]:
+    split = _on_device(dataset.train, device)
+    augmentation = _augmentation(config.data, dataset)
+
+    def loader(seed: int) -> Loader:
+        return MemoryLoader(
+            split,
+            batch_size=config.batch_size,
+            mean=dataset.mean,
+            std=dataset.std,
+            seed=seed,
+            device=device,
+            augmentation=augmentation,
+            channels_last=config.channels_last,
+        )
+
+    return loader
+
+
+def _dataset_evaluation(config: Config, dataset: Dataset, device: torch.device) -> dict[str, Loader]:
+    return {
+        name: MemoryLoader(
+            _on_device(split, device),
+            batch_size=EVALUATION_BATCH,
+            mean=dataset.mean,
+            std=dataset.std,
+            device=device,
+            shuffle=False,
+            drop_last=False,
+            channels_last=config.channels_last,
+        )
+        for name, split in (("test", dataset.test), ("validation", dataset.validation))
+        if split is not None
+    }
+
+
+def _augmentation(config: DataConfig, dataset: Dataset) -> Augmentation | None:
+    if config.augmentation == "none":
+        return None
+    crop = dataset.crop if config.augmentation == "auto" else True
+    flip = dataset.flip if config.augmentation == "auto" else config.augmentation == "crop+flip"
+    if not (crop or flip):
+        return None
+    return Augmentation(
+        padding=dataset.padding if crop else 0, flip=flip, fill="reflect" if config.padding == "reflect" else "zero"
+    )
+
+
+def _on_device(split: Split, device: torch.device) -> Split:
+    """Moved once: the loaders of all generations share it."""
+    return Split(split.images.to(device), split.labels.to(device), split.sample_ids.to(device))
+
+
+def _own_loader(
+    config: Config, samples: Samples, device: torch.device, *, shuffle: bool, classes: int | None
+) -> Callable[[int], Loader]:
+    if isinstance(samples, DataLoader):
+        wrapped = WrappedDataLoader(samples, device=device, channels_last=config.channels_last, num_classes=classes)
+        return lambda seed: wrapped
+    x, y = _tensors(samples)
+    x = x.to(device)
+    return lambda seed: TensorLoader(
+        x,
+        y,
+        batch_size=config.batch_size if shuffle else EVALUATION_BATCH,
+        seed=seed,
+        device=device,
+        shuffle=shuffle,
+        drop_last=shuffle,
+        channels_last=config.channels_last,
+        num_classes=classes,
+    )
+
+
+def _own_classes(sources: list[Samples | None]) -> int:
+    """The least number of classes that the labels of the tensors need; 1 where only DataLoaders know them."""
+    labels = [
+        _tensors(samples)[1] for samples in sources if samples is not None and not isinstance(samples, DataLoader)
+    ]
+    return max([int(y.max()) + 1 for y in labels if len(y)], default=1)
+
+
+def _tensors(samples: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(samples, (tuple, list)) and len(samples) == 2 and all(isinstance(t, Tensor) for t in samples)):
+        raise UserError(f"data must be two tensors (x, y) or a DataLoader, got {type(samples).__name__}")
+    return samples[0], samples[1]
+
+
+def _factory(config: ModelConfig, classes: int, shape: tuple[int, ...]) -> ModelFactory:
+    if len(shape) != 3:
+        raise UserError(
+            f"{config.name} takes images [C, H, W], got samples of shape {list(shape)}; pass your own model="
+        )
+    options = {"in_channels": shape[0], **config.options}
+    if models.needs_image_size(config.name):
+        options.setdefault("image_size", shape[1])
+    return lambda: models.create(config.name, classes, **options)
+
+
+def _placed(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    if not isinstance(network, nn.Module):
+        raise UserError(f"model= must return a torch.nn.Module, got {type(network).__name__}")
+    if trainable_parameters(network) == 0:
+        raise UserError("the network has no parameter that requires a gradient: nothing to train")
+    if channels_last:
+        return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.to(device)
+
+
+@torch.no_grad()
+def _output_width(network: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:
+    """C of the logits [B, C], by trying the network on two blank samples."""
+    blank = torch.zeros(2, *shape, device=device)
+    try:
+        logits = network.eval()(blank)
+    except RuntimeError as error:
+        raise UserError(f"the network does not take samples of shape {list(shape)}: {_first_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the network must return logits [B, classes], got {got} for 2 samples")
+    return logits.shape[1]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _count(loader: Loader) -> int | None:
+    return len(loader) if isinstance(loader, (MemoryLoader, TensorLoader)) else None
+
+
+def _structure(network: nn.Module) -> str:
+    shapes = [
+        f"{name} {list(tensor.shape)}" for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)
+    ]
+    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()

@@ -1,0 +1,55 @@
+"""The command `ban-fast`: parse, build, call, print. Only `main` is public."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from .quiet import debugging, quiet_libraries
+from .signals import Signals, Stopped
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv` (None: the process's arguments) and return its exit status.
+
+    0; 2 for a user's mistake and 1 for another failure, each one line on stderr; 128 + the number of the signal
+    that stopped it.
+    """
+    with Signals() as signals, quiet_libraries():
+        try:
+            status = _run(argv, signals)
+            sys.stdout.flush()
+            return status
+        except Stopped:
+            return _say(signals.line(), signals.status)
+        except BrokenPipeError:
+            # The reader has gone (`| head`): nothing is left to say. At exit Python would flush what is buffered.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+
+def _run(argv: Sequence[str] | None, signals: Signals) -> int:
+    from .app import Session, command  # the command-line library: with the signals' handlers in place
+
+    session = Session(signals)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a C locale, a path that isn't text
+        return int(command().main(args=argv, prog_name="ban-fast", standalone_mode=False, obj=session) or 0)
+    except SystemExit as error:  # the command-line library's own answer to a broken pipe
+        return int(error.code or 0)
+    except (Stopped, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debugging():
+            raise
+        from .failures import explain
+
+        return _say(*explain(error, session.request))
+
+
+def _say(line: str, status: int) -> int:
+    print(f"ban-fast: {line}", file=sys.stderr)
+    return status

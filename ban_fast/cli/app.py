@@ -1,0 +1,255 @@
+"""The commands and their flags, as they are declared to the command-line library. What they do is in `commands`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from .. import __version__
+from ..config import AMP_MODES, DEVICES, OBJECTIVES, SCHEDULES
+from ..errors import UserError, suggest
+from .flags import Request
+from .signals import Signals
+
+
+@dataclass
+class Session:
+    """What one call of the command carries along."""
+
+    signals: Signals
+    request: Request | None = None
+    """The configuration asked for, once it is known: it knows which flag a field came from."""
+
+
+class _Group(TyperGroup):
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise UserError(f"unknown command {args[0]!r}{suggest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=_Group, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def command() -> Any:
+    """The command as an object of the command-line library, to be run with `main(args=..., obj=Session(...))`."""
+    return get_command(app)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a whole number, got {text!r}") from None
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a number, got {text!r}") from None
+
+
+def _flag(
+    flag: str, metavar: str | None, help: str, panel: str | None = None, parser: Callable[[str], Any] | None = None
+) -> Any:
+    return typer.Option(flag, metavar=metavar, help=help, rich_help_panel=panel, parser=parser, show_default=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ban-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Born-again networks: a teacher, students of its own kind taught one by the other, and their vote.
+
+    [bold]ban-fast train[/bold] alone grows a teacher and three students on handwritten digits, in about a minute.
+    """
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help(), end="")
+
+
+_RUN, _IMAGES, _NETWORKS, _TRAINING, _MACHINE = "Run", "Images", "Networks and teaching", "Training", "Machine"
+
+# Option types by their looks in --help: S takes text, N a whole number, F a real one.
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    recipe: Annotated[
+        str | None,
+        _flag("--recipe", "R", "Settings to begin with: demo, cifar10, cifar100, paper. Default: by --data.", _RUN),
+    ] = None,
+    config: Annotated[
+        str | None, _flag("--config", "FILE", "Begin with a run's config.json instead: repeats that run.", _RUN)
+    ] = None,
+    out: Annotated[
+        str | None, _flag("--out", "DIR", "Directory to write the run to. Default: runs/RECIPE-DATE-TIME.", _RUN)
+    ] = None,
+    resume: Annotated[
+        bool, _flag("--resume", None, "Continue the run in --out where it was stopped, to the same bits.", _RUN)
+    ] = False,
+    seed: Annotated[
+        int | None, _flag("--seed", "N", "Every random draw of the run derives from it.", _RUN, _whole)
+    ] = None,
+    data: Annotated[
+        str | None,
+        _flag(
+            "--data", "NAME|DIR", "digits, cifar10, cifar100, or a folder of train/CLASS/* and test/CLASS/*.", _IMAGES
+        ),
+    ] = None,
+    data_dir: Annotated[
+        str | None,
+        _flag(
+            "--data-dir",
+            "DIR",
+            "The dataset's directory, or its parent. Default: $BAN_FAST_DATA, else ~/.cache/ban_fast.",
+            _IMAGES,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, _flag("--image-size", "S", "Side in pixels that a folder's images are resized to.", _IMAGES, _whole)
+    ] = None,
+    val_fraction: Annotated[
+        float | None,
+        _flag("--val-fraction", "F", "Share of the training images held out to validate on.", _IMAGES, _real),
+    ] = None,
+    limit_train: Annotated[
+        int | None, _flag("--limit-train", "N", "Use only N training images.", _IMAGES, _whole)
+    ] = None,
+    limit_test: Annotated[int | None, _flag("--limit-test", "N", "Use only N test images.", _IMAGES, _whole)] = None,
+    model: Annotated[
+        str | None,
+        _flag(
+            "--model",
+            "M",
+            "Network of every generation: wrn-28-1, densenet-90-60, timm:NAME, package.module:factory, ...",
+            _NETWORKS,
+        ),
+    ] = None,
+    model_option: Annotated[
+        list[str] | None,
+        _flag(
+            "--model-option",
+            "KEY=VALUE",
+            "Argument of that network, memory=checkpoint for example; repeatable.",
+            _NETWORKS,
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, _flag("--objective", "O", f"What students learn from: {', '.join(OBJECTIVES)}.", _NETWORKS)
+    ] = None,
+    kd_weight: Annotated[
+        float | None, _flag("--kd-weight", "F", "Weight of the teacher's outputs. Default: 1.", _NETWORKS, _real)
+    ] = None,
+    label_weight: Annotated[
+        float | None,
+        _flag("--label-weight", "F", "Weight of the labels. Default: 1 for ban+l, else 0.", _NETWORKS, _real),
+    ] = None,
+    temperature: Annotated[
+        float | None, _flag("--temperature", "F", "Temperature of both softmaxes. Default: 1.", _NETWORKS, _real)
+    ] = None,
+    generations: Annotated[
+        int | None,
+        _flag("--generations", "N", "Students after the teacher; 0 trains the teacher alone.", _NETWORKS, _whole),
+    ] = None,
+    epochs: Annotated[
+        int | None, _flag("--epochs", "N", "Passes over the training images, for each generation.", _TRAINING, _whole)
+    ] = None,
+    max_steps: Annotated[
+        int | None, _flag("--max-steps", "N", "Stop each generation after N optimizer steps.", _TRAINING, _whole)
+    ] = None,
+    batch_size: Annotated[int | None, _flag("--batch-size", "N", "Images a step.", _TRAINING, _whole)] = None,
+    lr: Annotated[float | None, _flag("--lr", "F", "Peak learning rate.", _TRAINING, _real)] = None,
+    weight_decay: Annotated[
+        float | None, _flag("--weight-decay", "F", "L2 penalty on every parameter.", _TRAINING, _real)
+    ] = None,
+    schedule: Annotated[
+        str | None, _flag("--schedule", "S", f"Learning-rate schedule: {', '.join(SCHEDULES)}.", _TRAINING)
+    ] = None,
+    device: Annotated[str | None, _flag("--device", "|".join(DEVICES), "Where to train.", _MACHINE)] = None,
+    amp: Annotated[str | None, _flag("--amp", "|".join(AMP_MODES), "Mixed precision.", _MACHINE)] = None,
+    compile: Annotated[
+        bool | None, _flag("--compile/--no-compile", None, "Run the networks through torch.compile.", _MACHINE)
+    ] = None,
+) -> int:
+    """Train a teacher, then students of the same architecture, each on the outputs of the one before.
+
+    Without flags: a teacher and three students on the bundled digits.
+    """
+    from . import commands
+
+    return commands.train(ctx.obj, ctx.params)
+
+
+_Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
+_DataDir = Annotated[
+    str | None, _flag("--data-dir", "DIR", "The dataset's directory, or its parent. Default: as the run had it.")
+]
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    run: _Run,
+    members: Annotated[
+        str | None, _flag("--members", "1,2", "Add the ensemble of these generations to the table.")
+    ] = None,
+    data_dir: _DataDir = None,
+) -> int:
+    """Compute the figures of a run's results.json anew, from its saved networks."""
+    from . import commands
+
+    return commands.evaluate(ctx.obj, run, members, data_dir)
+
+
+@app.command()
+def prepare(
+    ctx: typer.Context,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="digits, cifar10 or cifar100.", show_default=False)],
+    data_dir: Annotated[
+        str | None, _flag("--data-dir", "DIR", "Where to put it. Default: $BAN_FAST_DATA, else ~/.cache/ban_fast.")
+    ] = None,
+) -> int:
+    """Download a dataset and check it against its published sum; what is there already is kept."""
+    from . import commands
+
+    return commands.prepare(ctx.obj, data, data_dir)
+
+
+@app.command()
+def report(
+    ctx: typer.Context,
+    run: _Run,
+    out: Annotated[str | None, _flag("--out", "DIR", "Directory for the plots. Default: RUN/report.")] = None,
+) -> int:
+    """Print a run's table, and draw error by generation, learning curves and reliability as PNG."""
+    from . import commands
+
+    return commands.report(ctx.obj, run, out)
+
+
+@app.command()
+def info(
+    ctx: typer.Context,
+    data_dir: Annotated[
+        str | None,
+        _flag("--data-dir", "DIR", "Where to look for datasets. Default: $BAN_FAST_DATA, else ~/.cache/ban_fast."),
+    ] = None,
+) -> int:
+    """Print versions, devices, and which backends, datasets and extras are there, or why not."""
+    from . import commands
+
+    return commands.info(ctx.obj, data_dir)

@@ -1,0 +1,131 @@
+"""What each command does: build, call, print. Each returns its exit status."""
+
+import shlex
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import flags
+from .app import Session
+from .signals import Stopped
+
+
+def train(session: Session, values: flags.Values) -> int:
+    """`ban-fast train`; `values` are its flags by parameter name, None or empty where not given."""
+    resume, signals = values["resume"], session.signals
+    if resume and values["out"] is None:
+        raise UserError("--resume needs --out DIR, the directory of the run to continue")
+    session.request = flags.resumed(values, Path(values["out"])) if resume else flags.requested(values)
+    config = session.request.config
+    config.validate()
+    out = Path(values["out"]) if values["out"] is not None else _new_directory(config.recipe)
+    signals.remark = " before training began"
+    from .. import training
+    from ..evaluation import RunDirectory
+    from ..report import table
+    from .progress import narrator
+
+    again = f"continue with `ban-fast train --out {shlex.quote(str(out))} --resume`"
+    with narrator(signals, again) as watching:
+        try:
+            training.run(config, out=out, resume=resume, observer=watching, should_stop=signals.requested)
+        except training.Interrupted:
+            signals.remark = f" at generation {watching.generation}, step {watching.done:,}: saved; {again}"
+            raise Stopped from None
+    signals.answer, signals.remark = "raise", " after training had ended"
+    _print(table(RunDirectory(out)))
+    print(f"plots: ban-fast report {shlex.quote(str(out))}")
+    return 0
+
+
+def evaluate(session: Session, run: str, members: str | None, data_dir: str | None) -> int:
+    """`ban-fast evaluate`."""
+    chosen = None if members is None else _members(members)
+    from .. import training
+    from ..evaluation import RunDirectory
+    from ..report import table
+
+    session.signals.answer = "raise"
+    directory = RunDirectory(run)
+    flags.read(directory.path / "config.json", "RUN")
+    _print(table(directory, training.evaluate_run(directory.path, members=chosen, data_dir=data_dir)))
+    return 0
+
+
+def report(session: Session, run: str, out: str | None) -> int:
+    """`ban-fast report`."""
+    import matplotlib.figure  # noqa: F401  before signals may interrupt an import
+
+    from ..evaluation import RunDirectory
+    from ..report import plots, table
+
+    session.signals.answer = "raise"
+    directory = RunDirectory(run)
+    flags.read(directory.path / "config.json", "RUN")
+    _print(table(directory))
+    for path in plots(directory, directory.path / "report" if out is None else out):
+        print(path)
+    return 0
+
+
+def prepare(session: Session, data: str, data_dir: str | None) -> int:
+    """`ban-fast prepare`."""
+    from .. import data as datasets
+
+    session.signals.answer = "raise"
+    bar, progress = _download_bar()
+    with bar:
+        place = datasets.prepare(data, data_dir, progress=progress)
+    print(f"{data} is ready: {place}")
+    return 0
+
+
+def info(session: Session, data_dir: str | None) -> int:
+    """`ban-fast info`."""
+    from .info import lines
+
+    for line in lines(data_dir):
+        print(line)
+    return 0
+
+
+def _new_directory(recipe: str) -> Path:
+    """runs/RECIPE-DATE-TIME; with a number after it where a run of the same second has the name."""
+    base = Path("runs") / time.strftime(f"{recipe}-%Y%m%d-%H%M%S")
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def _members(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--members must be generations with commas between, 1,2 for example, got {text!r}") from None
+
+
+def _print(content: Any) -> None:
+    """On a terminal as wide as it is; 120 columns where it goes to a file."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    with console.capture() as capture:
+        console.print(content)
+    sys.stdout.write(capture.get())  # rich would end the process at a broken pipe
+
+
+def _download_bar() -> tuple[AbstractContextManager[Any], Any]:
+    """A progress bar and the function that moves it; nothing where nobody watches."""
+    if not sys.stderr.isatty():
+        return nullcontext(), None
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+    task = bar.add_task("", total=None)
+    return bar, lambda done, total: bar.update(task, completed=done, total=total)

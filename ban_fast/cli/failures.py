@@ -1,0 +1,93 @@
+"""Every way a command can fail, as one line and an exit status: 2 for a user's mistake, 1 for a failure of ours."""
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..errors import OptionError, UserError, suggest
+from .flags import Request, flag_of
+from .quiet import one_line
+
+# Typer carries its own copy of click, older ones import it: BadParameter's base is the usage error of either.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EPERM: "choose another place, or change its permissions",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EISDIR: "name a file, not a directory",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+
+
+def explain(error: BaseException, request: Request | None) -> tuple[str, int]:
+    """The line, without "ban-fast: ", and the exit status. `request` knows what set a field of the configuration."""
+    line, status = _explain(error, request)
+    return one_line(line), status
+
+
+def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
+    if isinstance(error, OptionError):
+        name = request.name_of(error.field) if request is not None else flag_of(error.field) or error.field
+        return f"{name}{' ' if error.problem.startswith('must be ') else ': '}{error.problem}", 2
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, UsageError):
+        return _usage(error), 2
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}; {_REMEDIES[error.errno]}", 2
+    if _out_of_memory(error):
+        return (
+            "out of memory; a smaller --batch-size needs less, so does --model-option memory=checkpoint (DenseNet)",
+            2,
+        )
+    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"internal error: {detail}{_place(error)}; BAN_FAST_DEBUG=1 shows the traceback", 1
+
+
+def _usage(error: Any) -> str:
+    """A usage error of the command-line library: what was wrong, and the nearest thing that is right."""
+    context = error.ctx
+    see = f"see `{context.command_path if context is not None else 'ban-fast'} --help`"
+    param = getattr(error, "param", None)
+    if param is not None and param.param_type_name == "option":
+        return f"{max(param.opts, key=len)} {error.message}"
+    if param is not None:
+        return f"{param.metavar or param.name} is missing; {see}"
+    wrong = getattr(error, "option_name", None)
+    if wrong is not None and hasattr(error, "possibilities"):
+        params = context.command.params if context is not None else []
+        near = suggest(wrong, [name for p in params for name in p.opts if name.startswith("--")])
+        return f"unknown option {wrong}{near if 'did you mean' in near else ''}; {see}"
+    text = str(error.message).rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}; {see}"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # an error of torch can't come before its import
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+    )
+
+
+def _place(error: BaseException) -> str:
+    """Where in this package it happened, for a report of it."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.is_relative_to(_PACKAGE):
+            return f" (ban_fast/{file.relative_to(_PACKAGE)}:{frame.lineno})"
+    return ""

@@ -1,0 +1,183 @@
+"""From flags to a `Config`: which configuration a run starts from, and what the flags given change in it."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import recipes
+from ..config import Config, ModelConfig
+from ..errors import UserError, suggest
+
+# Every flag of `ban-fast train` that sets one field: the parameter's name -> the field's path in Config.
+FIELDS = {
+    "data": "data.name",
+    "data_dir": "data.directory",
+    "image_size": "data.image_size",
+    "model": "model.name",
+    "objective": "objective.name",
+    "kd_weight": "objective.kd_weight",
+    "label_weight": "objective.label_weight",
+    "generations": "generations",
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "temperature": "objective.temperature",
+    "schedule": "optimizer.schedule",
+    "seed": "seed",
+    "device": "device",
+    "amp": "amp",
+    "compile": "compile",
+    "val_fraction": "data.val_fraction",
+    "limit_train": "data.limit_train",
+    "limit_test": "data.limit_test",
+    "max_steps": "max_steps",
+}
+_OTHER_FLAGS = {"recipe": "--recipe", "model.options": "--model-option"}
+_BASES = {"digits": "demo", "cifar10": "cifar10", "cifar100": "cifar100"}
+
+Values = Mapping[str, Any]
+"""The flags of `ban-fast train` by parameter name; None and empty stand for not given."""
+
+
+def flag_of(path: str) -> str | None:
+    """The flag that sets a field ("optimizer.lr" -> "--lr"), or None where only a configuration file does."""
+    if path in _OTHER_FLAGS:
+        return _OTHER_FLAGS[path]
+    return next(("--" + name.replace("_", "-") for name, known in FIELDS.items() if known == path), None)
+
+
+@dataclass
+class Request:
+    """A configuration, and where its values came from."""
+
+    config: Config
+    file: Path | None = None
+    """The configuration file it began as; None: a recipe."""
+    given: set[str] = field(default_factory=set)
+    """Paths of the fields that flags set."""
+
+    def name_of(self, path: str) -> str:
+        """What to call a field in a message: its flag, or its path and the file it was read from."""
+        if self.file is not None and path not in self.given:
+            return f"{path} in {self.file}"
+        return flag_of(path) or path
+
+
+def requested(values: Values) -> Request:
+    """The configuration that the flags of a new run ask for. UserError for what no configuration can be."""
+    if values["config"] is not None and values["recipe"] is not None:
+        raise UserError("--config and --recipe each give a whole configuration; leave one of them out")
+    if values["config"] is not None:
+        file = Path(values["config"])
+        return _overridden(Request(read(file, "--config"), file), values)
+    if values["recipe"] is not None:
+        return _overridden(Request(_recipe(values["recipe"])), values)
+    return _overridden(Request(recipes.get(_BASES.get(values["data"] or "digits", "paper"))), values)
+
+
+def resumed(values: Values, directory: Path) -> Request:
+    """The configuration of the run in `directory`. UserError where a flag, recipe or file beside it says otherwise."""
+    file = directory / "config.json"
+    if not file.exists():
+        raise UserError(f"--resume: there is no run in {directory} (no config.json); start one without --resume")
+    stored = read(file, "--resume")
+    if values["config"] is not None:
+        asked = requested(values)
+    else:
+        asked = _overridden(Request(read(file, "--resume"), file), values)
+        if values["recipe"] is not None:
+            asked.config.recipe = _recipe(values["recipe"]).recipe
+            asked.given.add("recipe")
+    for path, old, new in _differences(stored, asked.config):
+        if path == "data.directory":  # where the data lie is no part of what a run is
+            continue
+        raise UserError(
+            f"{asked.name_of(path)} is {_show(new)}, but {_show(old)} in the run to resume, {directory}; "
+            "leave it out, or start another run in another --out"
+        )
+    return Request(asked.config, file, asked.given)
+
+
+def _recipe(name: str) -> Config:
+    if name not in recipes.names():
+        raise UserError(f"--recipe: unknown recipe {name!r}{suggest(name, recipes.names())}")
+    return recipes.get(name)
+
+
+def read(file: Path, option: str) -> Config:
+    """The configuration in a config.json that `option` names. UserError where it can't be read, or isn't one."""
+    if file.is_dir():
+        raise UserError(f"{option}: {file} is a directory; name its config.json")
+    try:
+        return Config.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{option}: there is no file {file}; name the config.json of a run") from None
+    except OSError as error:
+        raise UserError(f"{option}: cannot read {file}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{option}: {file}: {error}") from None
+    except ValueError as error:  # not JSON, or not text
+        raise UserError(f"{option}: {file} is not a configuration in JSON, or is cut short: {error}") from None
+
+
+def _overridden(request: Request, values: Values) -> Request:
+    """`request` with every flag given put into its configuration."""
+    config = request.config
+    for name, path in FIELDS.items():
+        value = values[name]
+        if value is None:
+            continue
+        if path == "model.name" and value != config.model.name:
+            config.model = ModelConfig()  # another network has other options
+        if path == "objective.name" and value != config.objective.name:
+            config.objective.kd_weight = config.objective.label_weight = None
+        if path in ("data.name", "data.directory"):
+            value = _absolute(path, value)
+        section, _, key = path.rpartition(".")
+        setattr(getattr(config, section) if section else config, key, value)
+        request.given.add(path)
+    if values["model_option"]:
+        config.model.options = {**config.model.options, **dict(map(_option, values["model_option"]))}
+        request.given.add("model.options")
+    return request
+
+
+def _absolute(path: str, value: str) -> str:
+    """Folders are recorded with their whole path: the run may be resumed, or repeated, from another place."""
+    folder = Path(value).expanduser()
+    if path == "data.name" and (value in _BASES or not folder.is_dir()):
+        return value
+    return str(folder.absolute())
+
+
+def _option(text: str) -> tuple[str, int | float | bool | str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UserError(f"--model-option must be KEY=VALUE, memory=checkpoint for example, got {text!r}")
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
+    if re.fullmatch(r"[+-]?[0-9]+", value):
+        return key, int(value)
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", value):
+        return key, float(value)
+    return key, value
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for f in dataclasses.fields(old):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if dataclasses.is_dataclass(before):
+            yield from _differences(before, after, f"{prefix}{f.name}.")
+        elif before != after:
+            yield prefix + f.name, before, after
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k}={v}" for k, v in value.items()) or "none"
+    return "not set" if value is None else str(value)

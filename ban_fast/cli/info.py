@@ -1,0 +1,86 @@
+"""What `ban-fast info` prints: what is there, and why not where it isn't."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..backends import dispatch
+from ..data import cifar
+
+_DISTRIBUTIONS = ("torch", "torchvision", "numpy", "triton")
+_OPTIONAL = {"timm": "--model timm:NAME", "ffcv": "a loader for data larger than memory"}
+
+
+def lines(data_dir: str | None) -> Iterator[str]:
+    """The lines, section by section."""
+    root = Path(data_dir or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
+    for title, entries in (
+        ("versions", _versions()),
+        ("devices", _devices()),
+        ("backends of the losses", _backends()),
+        (f"datasets, in {root}", _datasets(root)),
+        ("optional packages", {name: f"{_version(name)} ({use})" for name, use in _OPTIONAL.items()}),
+    ):
+        yield title
+        width = max(map(len, entries))
+        yield from (f"  {name:<{width}}  {text}" for name, text in entries.items())
+
+
+def _versions() -> dict[str, str]:
+    versions = {"ban-fast": __version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in _DISTRIBUTIONS}
+    return versions | {"CUDA in _native": _native_cuda()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _native_cuda() -> str:
+    """The CUDA runtime that the native part carries."""
+    try:
+        native: Any = importlib.import_module("ban_fast._native")
+    except ImportError as error:
+        return f"none: _native cannot be imported ({error})"
+    cuda = native.cuda_info()
+    if not cuda["built"]:
+        return "none: there was no nvcc when it was built"
+    number = cuda["runtime_version"]  # 1000 * major + 10 * minor
+    targets = ", ".join(f"sm_{target}" for target in cuda["architectures"].replace(",", ";").split(";"))
+    return f"runtime {number // 1000}.{number % 1000 // 10} for {targets}"
+
+
+def _devices() -> dict[str, str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{torch.get_num_threads()} threads, {capability}"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
+        build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        devices["cuda"] = f"none ({build})"
+    return devices
+
+
+def _backends() -> dict[str, str]:
+    return {
+        name: "there" if problem is None else f"not there: {problem}" for name, problem in dispatch.available().items()
+    }
+
+
+def _datasets(root: Path) -> dict[str, str]:
+    found = {"digits": "bundled"}
+    for name, published in cifar.CIFAR.items():
+        place = cifar.locate(published, root)
+        found[name] = f"not there; `ban-fast prepare {name}` downloads it" if place is None else str(place)
+    return found

@@ -1,0 +1,29 @@
+"""Whole configurations by name: `get("demo")` is a `Config` of its own, to run as it is or to change first."""
+
+from collections.abc import Callable
+
+from ..config import Config
+from ..errors import UserError, suggest
+from .demo import demo
+from .paper import cifar10, cifar100, paper
+
+__all__ = ["cifar10", "cifar100", "demo", "get", "names", "paper"]
+
+_RECIPES: dict[str, Callable[[], Config]] = {
+    "demo": demo,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "paper": paper,
+}
+
+
+def names() -> list[str]:
+    """Every name that `get` knows."""
+    return list(_RECIPES)
+
+
+def get(name: str) -> Config:
+    """A new configuration; changing it changes no later one. UserError for an unknown name, with the nearest."""
+    if name not in _RECIPES:
+        raise UserError(f"unknown recipe {name!r}{suggest(name, names())}")
+    return _RECIPES[name]()

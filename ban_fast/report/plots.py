@@ -1,0 +1,53 @@
+"""Plots of a run as PNG files."""
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..evaluation import RunDirectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plots(run: RunDirectory, out_dir: str | os.PathLike[str]) -> list[Path]:
+    """Draw what the run has: error-by-generation.png, learning-curves.png, reliability.png in `out_dir`.
+
+    Returns the files written, at most three: an unfinished run may have no generation to show yet, or no epoch. The
+    directory is made where it is missing. UserError where the run can't be read or a file can't be written.
+    """
+    from . import figures  # matplotlib: only who draws waits for it
+
+    config, results = run.config(), run.results()
+    curves = {number: run.metrics(number) for number in run.generations()}
+    for number, records in curves.items():
+        if not all("epoch" in record and "train" in record for record in records):
+            raise UserError(f"generation {number} of {run.path}: metrics.jsonl is not what a run writes")
+    drawn: dict[str, Figure] = {}
+    tested = bool(results["generations"]) and "test" in results["generations"][0]
+    if tested:
+        drawn["error-by-generation.png"] = figures.error_by_generation(config, results)
+    if any(curves.values()):
+        drawn["learning-curves.png"] = figures.learning_curves(config, results, curves)
+    if tested:
+        drawn["reliability.png"] = figures.reliability(config, results)
+    out = Path(out_dir)
+    return [_write(figure, out / name) for name, figure in drawn.items()]
+
+
+def _write(figure: "Figure", path: Path) -> Path:
+    """Whole or not at all: drawn in memory, written beside the place, renamed."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(picture.getvalue())
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another directory with --out") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return path

@@ -116,8 +116,6 @@ class _Lineage:
             generation.restore(state)
         self.observer.generation_started(number, generation.objective_name, generation.total_steps, generation.step)
         generation.train()
-        if teacher is not None:
-            teacher.check()
 
         network.eval().requires_grad_(False)
         self.networks[number] = network

@@ -77,6 +77,7 @@ class Generation:
         while self.step < self.total_steps or self.batch:
             self._run_epoch()
             self._close_epoch()
+        self._check_teacher()
         if self._unsaved:
             self.save()
 
@@ -122,6 +123,8 @@ class Generation:
             self._check_loss()
 
     def _close_epoch(self) -> None:
+        if self.epoch == 0:
+            self._check_teacher()  # at the end too; but a fault need not cost a whole generation
         is_last = self.step == self.total_steps
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
@@ -150,6 +153,10 @@ class Generation:
         if is_last:
             self.last_logits[split] = logits
         return self.evaluator.record({split: logits})[split]  # type: ignore[no-any-return]
+
+    def _check_teacher(self) -> None:
+        if self.teacher is not None:
+            self.teacher.check()
 
     def _check_loss(self) -> None:
         if not self.meter.is_finite():

@@ -16,9 +16,8 @@ _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - (1 << 32)
 _KEY_0, _KEY_1 = 0x243F6A88, 0x85A308D3
 _SWAP_ROUNDS = 24
-_FEISTEL_ROUNDS = 6
 FEISTEL_FROM = 99
-"""Outputs from which a Feistel network is uniform in 6 rounds; below it is not even in 12, and swap-or-not is in 24."""
+"""Outputs from which a Feistel network serves; below it is not uniform even in 12 rounds, and swap-or-not is in 24."""
 
 
 def permutation(
@@ -89,7 +88,7 @@ def _feistel(n: int, key: tuple[Tensor, Tensor]) -> Tensor:
     b = -(-n // a)
     domain = torch.arange(a * b, device=key[0].device).expand(key[0].shape[0], a * b)
     left, right = domain // b, domain % b
-    for i in range(_FEISTEL_ROUNDS):
+    for i in range(_feistel_rounds(n)):
         round_key = _round_key(key, i)
         if i % 2 == 0:
             left = (left + _round_function(right, round_key, a)) % a
@@ -99,6 +98,12 @@ def _feistel(n: int, key: tuple[Tensor, Tensor]) -> Tensor:
     for _ in range((a * b - n).bit_length()):
         image = torch.where(image < n, image, image.gather(1, image))
     return image[:, :n]
+
+
+def _feistel_rounds(n: int) -> int:
+    """Two ranks of one column keep their row difference with an extra probability of b^(-rounds / 2), b = sqrt(n): at
+    n = 99 that shows in 2e5 samples of 6 rounds, and in 3e9 of 10; at n = 1000 in 2e10 of 8."""
+    return 10 if n < 1000 else 8
 
 
 def _round_function(value: Tensor, round_key: Tensor, size: int) -> Tensor:

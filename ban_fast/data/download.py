@@ -94,7 +94,7 @@ def _unpack(published: Published, archive: Path, directory: Path) -> None:
     """Copies the dataset's files to names of our own; the archive's paths, links and modes play no part."""
     wanted = {f"{published.directory}/{file}": directory / file for file in published.files}
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 content = tar.extractfile(member) if member.name in wanted and member.isreg() else None
                 if content is not None:

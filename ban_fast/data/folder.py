@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import OptionError, UserError
 from .dataset import Part, Source
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read(directory: Path, image_size: int) -> Source:
             naming the file that isn't one.
     """
     if image_size < 1:
-        raise UserError(f"image_size must be at least 1 pixel, got {image_size}")
+        raise OptionError("data.image_size", f"must be at least 1 pixel, got {image_size}")
     train, test = _files(directory / "train"), _files(directory / "test")
     unknown = sorted(set(test) - set(train))
     if unknown:

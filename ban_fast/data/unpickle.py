@@ -7,6 +7,7 @@ not even numpy's own `__setstate__` (which trusts a dtype's flags) sees what the
 
 import pickle
 import pickletools
+import reprlib
 from collections.abc import Callable
 from io import BytesIO
 from math import prod
@@ -47,6 +48,7 @@ def read(path: Path) -> Any:
     try:
         _check_opcodes(content)
         value = _Unpickler(BytesIO(content), encoding="bytes").load()
+        return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else _plain(value)
     except _Refused as refusal:
         raise UserError(
             f"refused {path}: it contains {refusal}, which no dataset needs; don't trust this file"
@@ -56,9 +58,6 @@ def read(path: Path) -> Any:
         raise UserError(
             f"{path} is damaged or cut short ({type(error).__name__}: {_line(error)}); replace it"
         ) from None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return _plain(value)
 
 
 class _Refused(Exception):
@@ -73,7 +72,7 @@ class _Dtype:
     def __init__(self, code: Any, *_flags: Any) -> None:
         code = code.decode("latin-1") if isinstance(code, bytes) else code
         if code not in _DTYPES:
-            raise _Refused(f"an array of dtype {code!r}")
+            raise _Refused(f"an array of dtype {_short(code)}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
@@ -123,7 +122,7 @@ class _Name:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
-            raise _Refused(f"a call of {module}.{name}")
+            raise _Refused(f"a call of {_short(f'{module}.{name}')}")
         return _Name(_NAMES[module, name])
 
 
@@ -139,10 +138,17 @@ def _ndarray(*_args: Any) -> _Array:
     raise _Refused("an array made from raw memory")
 
 
+def _no_bytes(*args: Any) -> bytes:
+    # How Python 3 writes b"" in protocol 2.
+    if args:
+        raise _Refused("a call of bytes")
+    return b""
+
+
 def _encode(text: Any, encoding: Any) -> bytes:
     # How Python 3 writes bytes in protocol 2.
     if not isinstance(text, str) or encoding not in ("latin1", b"latin1", "latin-1"):
-        raise _Refused(f"a call of _codecs.encode to {encoding!r}")
+        raise _Refused(f"a call of _codecs.encode to {_short(encoding)}")
     return text.encode("latin-1")
 
 
@@ -150,6 +156,7 @@ _NAMES: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _ndarray,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy.core.numeric", "_frombuffer"): _frombuffer,
@@ -169,10 +176,16 @@ def _check_opcodes(content: bytes) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, _Array):
         if value.array is None:
-            raise UserError("an array in the pickle has no content")
+            raise ValueError("an array without content")
         return value.array
     return value
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or "no detail"
+    text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
+    return " ".join(text.split()) or "no detail"
+
+
+def _short(value: Any) -> str:
+    """What the file says, harmless to a terminal and on one line."""
+    return reprlib.repr(value)

@@ -2,17 +2,13 @@
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from ban_fast.data.cifar import CIFAR, Published
-
-
-def write_pickle(path: Path, value: Any, protocol: int = 2) -> None:
-    path.write_bytes(pickle.dumps(value, protocol=protocol))
 
 
 def write_cifar(published: Published, parent: Path, images: int = 20, protocol: int = 2) -> Path:
@@ -26,10 +22,16 @@ def write_cifar(published: Published, parent: Path, images: int = 20, protocol: 
             published.labels.encode(): [i % published.num_classes for i in range(images)],
             b"filenames": [b"image_%d.png" % i for i in range(images)],
         }
-        write_pickle(directory / file, content, protocol)
+        (directory / file).write_bytes(pickle.dumps(content, protocol))
     names = [b"class_%d" % i for i in range(published.num_classes)]
-    write_pickle(directory / published.meta, {published.label_names.encode(): names}, protocol)
+    (directory / published.meta).write_bytes(pickle.dumps({published.label_names.encode(): names}, protocol))
     return directory
+
+
+@pytest.fixture(scope="session")
+def make_cifar() -> Callable[..., Path]:
+    """`write_cifar`, for tests that choose its arguments."""
+    return write_cifar
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`load`: names, divisions and limits, on the bundled digits and on small folders."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,12 @@ class TestDigits:
     def test_pixels_are_sixteenths(self) -> None:
         levels = {round(v * 255 / 16) for v in range(17)}
         assert set(data.load("digits").train.images.unique().tolist()) == levels
+
+    def test_they_are_the_bundled_ones(self) -> None:
+        with np.load(digits.FILE) as stored:
+            content = stored["images"].tobytes() + stored["labels"].tobytes()
+        # Taken when the next test passed.
+        assert hashlib.sha256(content).hexdigest() == "a19cb3d96bba7deace8ee5a513a6eb7bad0403d528f00bf4d351b6a7a55baa91"
 
     def test_they_are_the_published_ones(self) -> None:
         sklearn = pytest.importorskip("sklearn.datasets", reason="scikit-learn, which has a copy to compare with")

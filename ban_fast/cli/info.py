@@ -15,7 +15,7 @@ from ..backends import dispatch
 from ..data import cifar
 
 _DISTRIBUTIONS = ("torch", "torchvision", "numpy", "triton")
-_OPTIONAL = {"timm": "--model timm:NAME", "ffcv": "a loader for data larger than memory"}
+_OPTIONAL = ("timm", "ffcv")
 
 
 def lines(data_dir: str | None) -> Iterator[str]:
@@ -26,7 +26,7 @@ def lines(data_dir: str | None) -> Iterator[str]:
         ("devices", _devices()),
         ("backends of the losses", _backends()),
         (f"datasets, in {root}", _datasets(root)),
-        ("optional packages", {name: f"{_version(name)} ({use})" for name, use in _OPTIONAL.items()}),
+        ("optional packages", {name: _version(name) for name in _OPTIONAL}),
     ):
         yield title
         width = max(map(len, entries))

@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from . import describe, paper, style
 
 Record = Mapping[str, Any]
+_CROWDED = 11  # generations whose names and values would run into each other
 _FEW = 10  # images in a bin below which its accuracy is mostly chance
 
 
@@ -32,14 +33,18 @@ def error_by_generation(config: Record, results: Record) -> Figure:
     axes.plot(list(singles), list(singles.values()), "o-", color=style.BLUE, label=names[0], **line)
     if joint:
         axes.plot(list(joint), list(joint.values()), "s-", color=style.VERMILION, label=names[1], **line)
-    for number, error in singles.items():
-        _label(axes, number, error, error >= joint.get(number, error), style.BLUE)
-    for number, error in joint.items():
-        _label(axes, number, error, error > singles[number], style.VERMILION)
     _published(axes, config, singles, votes)
-    places = range(config["generations"] + 1)
-    axes.set_xlim(-0.4, config["generations"] + 0.5)
-    axes.set_xticks(places, [describe.generation(n) for n in places])
+    last = config["generations"]
+    axes.set_xlim(-0.4, last + 0.5)
+    if last < _CROWDED:
+        for number, error in singles.items():
+            _label(axes, number, error, error >= joint.get(number, error), style.BLUE)
+        for number, error in joint.items():
+            _label(axes, number, error, error > singles[number], style.VERMILION)
+        axes.set_xticks(range(last + 1), [describe.generation(n) for n in range(last + 1)])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("generation (0: teacher)")
     axes.set_ylabel("test error (%)")
     axes.margins(y=0.15)
     style.legend(drawn, axes, 2)
@@ -75,6 +80,7 @@ def _published(axes: Axes, config: Record, numbers: Iterable[int], votes: Sequen
         "markerfacecolor": "none",
         "markeredgecolor": style.INK,
         "markeredgewidth": 1.1,
+        "zorder": 5,
     }
     for marker, points, name in (("o", singles, "the paper's network"), ("s", joint, "the paper's ensemble")):
         known = {n: error for n, error in points.items() if error is not None}

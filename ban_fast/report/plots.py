@@ -1,5 +1,6 @@
 """Plots of a run as PNG files."""
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -49,5 +50,6 @@ def _write(figure: "Figure", path: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another directory with --out") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
     return path

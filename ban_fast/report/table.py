@@ -47,7 +47,7 @@ def _rows(config: Record, results: Record, teacher: Record) -> Table:
     published = paper.row(config)
     objective = config["objective"]["name"]
     validated = any("validation" in record for record in results["generations"])
-    made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    made = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     made.add_column("", no_wrap=True)
     for heading in ["test\nerror %", "vs\nteacher", "NLL", "ECE", *["val.\nerror %"] * validated, "time"]:
         made.add_column(heading, justify="right", no_wrap=True)

@@ -1,0 +1,162 @@
+"""Flags become a configuration: which base, what overrides it, and what a message calls a field."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ban_fast import recipes
+from ban_fast.cli import flags
+from ban_fast.config import Config
+from ban_fast.errors import UserError
+
+NOT_GIVEN: dict[str, Any] = dict.fromkeys(["recipe", "config", "out", *flags.FIELDS]) | {"model_option": []}
+
+
+def requested(**given: Any) -> Config:
+    return flags.requested({**NOT_GIVEN, **given}).config
+
+
+@pytest.mark.parametrize(
+    ("data", "recipe"), [(None, "demo"), ("digits", "demo"), ("cifar10", "cifar10"), ("cifar100", "cifar100")]
+)
+def test_the_data_choose_the_base(data: str | None, recipe: str) -> None:
+    assert requested(data=data) == recipes.get(recipe)
+
+
+def test_a_folder_starts_from_the_papers_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = requested(data="photos")
+    assert config.recipe == "paper"
+    assert config.data.name == str(tmp_path / "photos"), "whole, so that it is found from elsewhere"
+
+
+def test_a_folder_never_hides_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert requested(data="digits") == recipes.get("demo")
+    assert requested(data="./digits").data.name == str(tmp_path / "digits")
+
+
+def test_only_what_is_given_overrides() -> None:
+    config = requested(data="cifar100", epochs=3, lr=0.05, compile=True, data_dir="/data")
+    expected = recipes.get("cifar100")
+    expected.epochs, expected.optimizer.lr, expected.compile, expected.data.directory = 3, 0.05, True, "/data"
+    assert config == expected
+
+
+def test_every_field_of_a_flag_is_one_of_the_configuration() -> None:
+    for path in flags.FIELDS.values():
+        value: Any = Config()
+        for name in path.split("."):
+            assert hasattr(value, name), path
+            value = getattr(value, name)
+
+
+def test_a_configuration_file_is_a_base(tmp_path: Path) -> None:
+    stored = recipes.get("cifar10")
+    stored.epochs = 7
+    (tmp_path / "config.json").write_text(json.dumps(stored.to_dict()))
+    config = requested(config=str(tmp_path / "config.json"), seed=5)
+    stored.seed = 5
+    assert config == stored
+
+
+def test_another_network_or_objective_drops_what_belonged_to_the_one_before(tmp_path: Path) -> None:
+    stored = recipes.get("cifar10")
+    stored.model.options = {"dropout": 0.3}
+    stored.objective.name, stored.objective.label_weight = "ban+l", 0.5
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(stored.to_dict()))
+    config = requested(config=str(file), model="densenet-90-60", objective="cwtm", model_option=["memory=checkpoint"])
+    assert config.model.options == {"memory": "checkpoint"}
+    assert config.objective.label_weight is None
+    config.validate()
+    assert requested(config=str(file), model_option=["norm=x"]).model.options == {"dropout": 0.3, "norm": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=-3", -3),
+        ("a=0.3", 0.3),
+        ("a=1e-3", 1e-3),
+        ("a=true", True),
+        ("a=False", False),
+        ("a=checkpoint", "checkpoint"),
+        ("a=", ""),
+        ("a=b=c", "b=c"),
+        ("a=nan", "nan"),  # config.json is JSON, which has no NaN
+    ],
+)
+def test_model_options_have_types(text: str, value: Any) -> None:
+    options = requested(model="m", model_option=[text]).model.options
+    assert options == {"a": value}
+    assert type(options["a"]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["memory", "=3", "2x=3", ""])
+def test_what_is_no_model_option(text: str) -> None:
+    with pytest.raises(UserError, match="--model-option must be KEY=VALUE"):
+        requested(model_option=[text])
+
+
+def test_fields_are_called_by_their_flags_or_by_their_file() -> None:
+    assert flags.flag_of("optimizer.weight_decay") == "--weight-decay"
+    assert flags.flag_of("model.options") == "--model-option"
+    assert flags.flag_of("optimizer.milestones") is None
+    request = flags.Request(Config(), Path("run/config.json"), {"batch_size"})
+    assert request.name_of("batch_size") == "--batch-size"
+    assert request.name_of("epochs") == "epochs in run/config.json"
+    assert flags.Request(Config()).name_of("epochs") == "--epochs"
+
+
+class TestResume:
+    """The configuration comes from the run; what is given beside it must say the same."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        config = recipes.get("demo")
+        config.epochs, config.model.options, config.data.directory = 2, {"image_size": 8}, "/data"
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+        return tmp_path
+
+    def resumed(self, run: Path, **given: Any) -> Config:
+        return flags.resumed({**NOT_GIVEN, **given}, run).config
+
+    def test_nothing_beside_it(self, run: Path) -> None:
+        assert self.resumed(run) == Config.from_dict(json.loads((run / "config.json").read_text()))
+
+    def test_the_same_again(self, run: Path) -> None:
+        same = self.resumed(run, recipe="demo", data="digits", epochs=2, model_option=["image_size=8"], generations=3)
+        assert same == self.resumed(run)
+        assert self.resumed(run, config=str(run / "config.json")) == same
+
+    def test_data_may_have_moved(self, run: Path) -> None:
+        assert self.resumed(run, data_dir="/elsewhere").data.directory == "/elsewhere"
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"epochs": 3}, "--epochs is 3, but 2 in the run to resume"),
+            ({"recipe": "cifar10"}, "--recipe is cifar10, but demo in"),
+            ({"model": "wrn-10-1"}, "--model is wrn-10-1, but convnet-24 in"),
+            ({"model_option": ["image_size=9"]}, "--model-option is image_size=9, but image_size=8 in"),
+            ({"limit_train": 5}, "--limit-train is 5, but not set in"),
+            ({"lr": 0.5}, "--lr is 0.5, but "),
+        ],
+    )
+    def test_anything_else_is_refused_by_name(self, run: Path, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError) as raised:
+            self.resumed(run, **given)
+        assert str(raised.value).startswith(message)
+        assert str(run) in str(raised.value)
+
+    def test_another_file(self, run: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({**json.loads((run / "config.json").read_text()), "seed": 9}))
+        with pytest.raises(UserError, match=r"^seed in .*other\.json is 9, but 0 in the run"):
+            self.resumed(run, config=str(other))

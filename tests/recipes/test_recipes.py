@@ -1,0 +1,45 @@
+"""Recipes are whole configurations, and the paper's hold the paper's numbers."""
+
+import pytest
+
+from ban_fast import recipes
+from ban_fast.config import Config
+from ban_fast.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_can_be_run_and_written_down(name: str) -> None:
+    config = recipes.get(name)
+    config.validate()
+    assert config.recipe == name
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_a_recipe_is_a_new_configuration_each_time() -> None:
+    recipes.get("demo").optimizer.lr = 7.0
+    assert recipes.get("demo").optimizer.lr != 7.0
+
+
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown recipe 'cifr100'; did you mean 'cifar100'"):
+        recipes.get("cifr100")
+
+
+@pytest.mark.parametrize("name", ["paper", "cifar10", "cifar100"])
+def test_the_papers_recipe(name: str) -> None:
+    """Section 4.1 of the paper, and the Wide-ResNet authors' code that it points to."""
+    config = recipes.get(name)
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.momentum, optimizer.nesterov, optimizer.weight_decay) == (0.1, 0.9, True, 5e-4)
+    assert (optimizer.schedule, optimizer.milestones, optimizer.lr_decay) == ("step", (0.3, 0.6, 0.8), 0.2)
+    assert (config.epochs, config.batch_size, config.amp) == (200, 128, "off")
+    assert (config.data.augmentation, config.data.padding) == ("crop+flip", "reflect")
+    assert (config.objective.name, config.objective.temperature) == ("ban", 1.0)
+    assert config.model.name == "wrn-28-1"
+
+
+def test_the_cifar_recipes_name_their_data() -> None:
+    assert recipes.get("cifar10").data.name == "cifar10"
+    assert recipes.get("cifar100").data.name == "cifar100"
+    assert recipes.get("demo").data.name == "digits"
+    assert recipes.get("demo").generations == 3

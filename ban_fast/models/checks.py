@@ -1,0 +1,46 @@
+"""Checks of the arguments that networks take, one line for the user each."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..errors import UserError, suggest
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` if it is an int of at least `least`, else a UserError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def share(name: str, value: Any) -> float:
+    """`value` if it is a number in [0, 1), else a UserError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UserError(f"{name} must be a number in [0, 1), got {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """`value` if it is one of `choices`, else a UserError that suggests one."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f"unknown {name} {value!r}{suggest(str(value), choices)}")
+    return str(value)
+
+
+def units_of_depth(name: str, depth: int) -> int:
+    """n of a depth 6n+4 (three stages of n units of two convolutions); UserError with the nearest depths otherwise."""
+    units, rest = divmod(depth - 4, 6)
+    if units >= 1 and not rest:
+        return units
+    below, above = depth - rest, depth - rest + 6
+    nearest = f"{below} and {above}" if below >= 10 else "10"
+    raise UserError(f"{name} has no depth {depth}: it must be 6n+4; nearest: {nearest}")
+
+
+def image(x: torch.Tensor, least: int) -> None:  # [B, C, H, W]
+    """ValueError unless `x` is a batch of images whose sides are at least `least` pixels."""
+    if x.ndim != 4 or min(x.shape[2:]) < least:
+        raise ValueError(f"images must be [B, C, H, W] with H and W at least {least}, got {list(x.shape)}")

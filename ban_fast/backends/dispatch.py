@@ -56,4 +56,4 @@ def _native() -> tuple[Backend | None, str | None]:
     try:
         return cast(Backend, importlib.import_module("ban_fast.backends.native")), None
     except ImportError as error:
-        return None, f"ban_fast._native, which building the package makes, cannot be imported ({error})"
+        return None, str(error)

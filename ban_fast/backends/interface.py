@@ -3,7 +3,8 @@
 The ops (`ban_fast/ops`) check arguments, flatten leading dimensions and own autograd; a backend computes.
 Shapes: R rows, C classes, M rows of the teacher (R unless `teacher_rows` selects among them). Logits are fp32, fp16,
 bf16 or fp64 with any strides, and the two may differ. "acc" is the arithmetic: fp64 where the student is fp64,
-otherwise fp32.
+otherwise fp32. A row whose label is ignore_index is not read. Labels and teacher rows that are out of range in
+another row: on the CPU a ValueError, on a GPU a NaN loss and a zero gradient in that row, never a read out of bounds.
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -16,14 +17,14 @@ WeightBy = Literal["teacher_max", "teacher_label"]
 
 
 class LossOutput(NamedTuple):
-    """Loss, its two terms and the gradient, from one pass."""
+    """Loss, its two terms and the gradient, from one pass. No two share memory: torch.library demands it."""
 
     loss: Tensor
     """acc; 0-d, or [R] for reduction "none" (0 in ignored rows)."""
     kd: Tensor
     """The KD term, reduced like the loss, T^2 included, before kd_weight; zeros for CWTM."""
     label: Tensor
-    """The label term, reduced like the loss, before label_weight; zeros where there are no labels."""
+    """The label term, reduced like the loss, before label_weight, be that 0; zeros where there are no labels."""
     grad: Tensor | None
     """[R, C] in the student's dtype, contiguous: d loss / d student at grad_output 1, times 1 / grad_scale.
     None where need_grad is False."""
@@ -58,10 +59,10 @@ class Backend(Protocol):
     def cwtm(
         self,
         student: Tensor,  # [R, C]
-        teacher: Tensor | None,  # [M, C]; None where confidence is given
+        teacher: Tensor | None,  # [M, C]; None exactly where confidence is given
         labels: Tensor,  # [R] int64
         confidence: Tensor | None,  # [M] fp32: c of every teacher row
-        normalizer: Tensor | None,  # 0-d: stands for sum_u c_u
+        normalizer: Tensor | None,  # 0-d acc: stands for sum_u c_u
         teacher_rows: Tensor | None,  # [R] int64 into M
         *,
         weight_by: WeightBy,

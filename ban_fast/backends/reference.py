@@ -168,7 +168,8 @@ def _rows(
     kept = torch.ones(num_rows, dtype=torch.bool, device=student.device) if labels is None else labels != ignore_index
     sound = kept
     if labels is not None:
-        sound = sound & _in_range(labels, num_classes, kept, "labels", f"{num_classes} classes")
+        limit = f"{num_classes} classes (ignore_index is {ignore_index})"
+        sound = sound & _in_range(labels, num_classes, kept, "labels", limit)
     if teacher_rows is not None:
         limit = f"{teacher_rows_count} teacher rows"
         sound = sound & _in_range(teacher_rows, teacher_rows_count, kept, "teacher_rows", limit)

@@ -1,8 +1,10 @@
-// The only file that knows Python: addresses and sizes in, nothing owned.
+// The only file that knows Python: addresses, sizes and strides in, nothing owned. ban_fast/_native.pyi has the signatures.
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <tuple>
 
+#include "losses.h"
 #ifdef BAN_FAST_WITH_CUDA
 #include "cuda/info.h"
 #endif
@@ -10,6 +12,111 @@
 namespace py = pybind11;
 
 namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Other Python threads may run meanwhile; for less work than this the hand-over costs more than it gives.
+constexpr std::int64_t kReleaseFrom = 1 << 16;
+
+template <class Work>
+auto without_gil(std::int64_t elements, Work work) {
+  if (elements < kReleaseFrom) return work();
+  py::gil_scoped_release released;
+  return work();
+}
+
+// What Python hands over, in tuples; null addresses where a tensor is not given.
+using MatrixArgs = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;  // data, dtype, rows, strides
+using SelectionArgs = std::tuple<std::int64_t, std::int64_t, Address, Address, std::int64_t>;  // rows, classes, labels,
+                                                                                               // teacher_rows, ignore_index
+using KeyArgs = std::tuple<std::uint64_t, std::uint64_t, Address>;            // seed, step, sample_ids
+using OptionsArgs = std::tuple<double, double, double, bool, bool, int>;      // as KDOptions
+using ResultArgs = std::tuple<Address, Address, Address, Address, Address>;   // as LossResult
+
+ban_fast::Matrix matrix(const MatrixArgs& args) {
+  const auto [data, dtype, rows, row_stride, column_stride] = args;
+  return {at<const void>(data), ban_fast::DType(dtype), rows, row_stride, column_stride};
+}
+
+ban_fast::Selection selection(const SelectionArgs& args) {
+  const auto [rows, classes, labels, teacher_rows, ignore_index] = args;
+  return {rows, classes, at<const std::int64_t>(labels), at<const std::int64_t>(teacher_rows), ignore_index};
+}
+
+ban_fast::PermutationKey key(const KeyArgs& args) {
+  const auto [seed, step, sample_ids] = args;
+  return {seed, step, at<const std::int64_t>(sample_ids)};
+}
+
+ban_fast::KDOptions kd_options(const OptionsArgs& args) {
+  const auto [temperature, kd_weight, label_weight, cross_entropy, scale_t2, reduction] = args;
+  return {temperature, kd_weight, label_weight, cross_entropy, scale_t2, ban_fast::Reduction(reduction)};
+}
+
+ban_fast::LossResult result(const ResultArgs& args) {
+  const auto [loss, kd_term, label_term, gradient, grad_scale] = args;
+  return {at<void>(loss), at<void>(kd_term), at<void>(label_term), at<void>(gradient), at<float>(grad_scale)};
+}
+
+// (0, 0), or which index is out of range (1: label, 2: teacher row) and in which row.
+py::tuple report(ban_fast::Offence offence) { return py::make_tuple(int(offence.what), offence.row); }
+
+py::tuple kd(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows, const OptionsArgs& options,
+             const ResultArgs& to, int threads) {
+  const ban_fast::Selection selected = selection(rows);
+  return report(without_gil(selected.rows * selected.classes, [&] {
+    return ban_fast::kd(matrix(student), matrix(teacher), selected, nullptr, kd_options(options), result(to), threads);
+  }));
+}
+
+py::tuple dkpp(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows, const KeyArgs& permutation,
+               const OptionsArgs& options, const ResultArgs& to, int threads) {
+  const ban_fast::Selection selected = selection(rows);
+  const ban_fast::PermutationKey by = key(permutation);
+  return report(without_gil(selected.rows * selected.classes, [&] {
+    return ban_fast::kd(matrix(student), matrix(teacher), selected, &by, kd_options(options), result(to), threads);
+  }));
+}
+
+// confidence: [M, 1]; without data, c comes from the teacher.
+py::tuple cwtm(const MatrixArgs& student, const MatrixArgs& teacher, const MatrixArgs& confidence, const SelectionArgs& rows,
+               bool has_normalizer, double normalizer, bool by_label, const ResultArgs& to, int threads) {
+  const ban_fast::Selection selected = selection(rows);
+  const ban_fast::Matrix logits = matrix(teacher), known = matrix(confidence);
+  return report(without_gil(selected.rows * selected.classes, [&] {
+    return ban_fast::cwtm(matrix(student), known.data == nullptr ? &logits : nullptr, known.data == nullptr ? nullptr : &known,
+                          has_normalizer ? &normalizer : nullptr, by_label, selected, result(to), threads);
+  }));
+}
+
+py::tuple dkpp_targets(const MatrixArgs& teacher, const SelectionArgs& rows, const KeyArgs& permutation, double temperature,
+                       Address targets, int threads) {
+  const ban_fast::Selection selected = selection(rows);
+  return report(without_gil(selected.rows * selected.classes, [&] {
+    return ban_fast::dkpp_targets(matrix(teacher), selected, key(permutation), temperature, at<void>(targets), threads);
+  }));
+}
+
+void dkpp_permutation(Address argmax, std::int64_t rows, std::int64_t classes, const KeyArgs& permutation, Address sources,
+                      int threads) {
+  without_gil(rows * classes, [&] {
+    ban_fast::dkpp_permutation(at<const std::int64_t>(argmax), rows, classes, key(permutation), at<std::int64_t>(sources),
+                               threads);
+  });
+}
+
+void scale_gradient(Address gradient, int dtype, std::int64_t rows, std::int64_t classes, Address factors,
+                    std::int64_t factor_stride, double scale, int threads) {
+  without_gil(rows * classes, [&] {
+    ban_fast::scale_gradient(at<void>(gradient), ban_fast::DType(dtype), rows, classes, at<const void>(factors),
+                             factor_stride, scale, threads);
+  });
+}
 
 py::dict cuda_info() {
   py::dict info;
@@ -28,6 +135,14 @@ py::dict cuda_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of ban_fast over plain addresses; see ban_fast/backends/native.py.";
+  m.def("kd", &kd);
+  m.def("dkpp", &dkpp);
+  m.def("cwtm", &cwtm);
+  m.def("dkpp_targets", &dkpp_targets);
+  m.def("dkpp_permutation", &dkpp_permutation);
+  m.def("scale_gradient", &scale_gradient);
+  m.def("instruction_set", &ban_fast::instruction_set,
+        "Instruction set of the CPU kernels; the environment variable BAN_FAST_ISA can name another that is there.");
   m.def("cuda_info", &cuda_info,
         "What the CUDA part was built with: {built, runtime_version, architectures, devices}; {built: False} without it.");
 }

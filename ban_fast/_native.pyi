@@ -1,0 +1,49 @@
+"""Native kernels over plain addresses (csrc/bindings.cpp). Nothing is checked here: `backends/native.py` calls them."""
+
+from typing import TypedDict
+
+from typing_extensions import NotRequired
+
+Matrix = tuple[int, int, int, int, int]
+"""Address, dtype code, rows, strides in elements."""
+Selection = tuple[int, int, int, int, int]
+"""Rows, classes, addresses of labels and teacher_rows (0: none), ignore_index."""
+Key = tuple[int, int, int]
+"""Seed and step as unsigned 64-bit words, address of sample_ids (0: none)."""
+Options = tuple[float, float, float, bool, bool, int]
+"""Temperature, kd_weight, label_weight, whether cross-entropy, scale_t2, reduction code."""
+Result = tuple[int, int, int, int, int]
+"""Addresses of loss, kd, label, gradient and grad_scale (0: not wanted)."""
+Offence = tuple[int, int]
+"""(0, 0), or which index is out of range (1: labels, 2: teacher_rows) and in which row."""
+
+class CudaInfo(TypedDict):
+    built: bool
+    runtime_version: NotRequired[int]
+    architectures: NotRequired[str]
+    devices: NotRequired[int]
+
+def kd(student: Matrix, teacher: Matrix, rows: Selection, options: Options, to: Result, threads: int) -> Offence: ...
+def dkpp(
+    student: Matrix, teacher: Matrix, rows: Selection, permutation: Key, options: Options, to: Result, threads: int
+) -> Offence: ...
+def cwtm(
+    student: Matrix,
+    teacher: Matrix,
+    confidence: Matrix,
+    rows: Selection,
+    has_normalizer: bool,
+    normalizer: float,
+    by_label: bool,
+    to: Result,
+    threads: int,
+) -> Offence: ...
+def dkpp_targets(
+    teacher: Matrix, rows: Selection, permutation: Key, temperature: float, targets: int, threads: int
+) -> Offence: ...
+def dkpp_permutation(argmax: int, rows: int, classes: int, permutation: Key, sources: int, threads: int) -> None: ...
+def scale_gradient(
+    gradient: int, dtype: int, rows: int, classes: int, factors: int, factor_stride: int, scale: float, threads: int
+) -> None: ...
+def instruction_set() -> str: ...
+def cuda_info() -> CudaInfo: ...

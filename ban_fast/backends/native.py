@@ -1,0 +1,252 @@
+"""The native backend: C++ kernels on CPU tensors (csrc/). This module allocates outputs and hands addresses over.
+
+The functions of `interface.Backend`. Importing it is an ImportError where `ban_fast._native` was not built.
+"""
+
+import torch
+from torch import Tensor
+
+from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+
+try:
+    from ban_fast import _native
+except ImportError as error:
+    raise ImportError(
+        f"ban_fast._native cannot be imported ({error}): install ban_fast where there is a C++ compiler, "
+        "with `pip install -e .` in its source tree"
+    ) from error
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_REDUCTION = {"mean": 0, "sum": 1, "none": 2}
+_NO_MATRIX = (0, 0, 0, 0, 0)
+
+
+def kd(
+    student: Tensor,  # [R, C]
+    teacher: Tensor,  # [M, C]
+    labels: Tensor | None,  # [R]
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    temperature: float,
+    kd_weight: float,
+    label_weight: float,
+    divergence: Divergence,
+    scale_t2: bool,
+    ignore_index: int,
+    reduction: Reduction,
+    need_grad: bool,
+) -> LossOutput:
+    """See `interface.Backend.kd`."""
+    labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
+    output = _allocate(student, reduction, need_grad)
+    offence = _native.kd(
+        _matrix(student),
+        _matrix(teacher),
+        _selection(student, labels, teacher_rows, ignore_index),
+        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
+        _result(output),
+        torch.get_num_threads(),
+    )
+    if offence[0]:
+        _refuse(offence, labels, teacher_rows, student.shape[1], teacher.shape[0], ignore_index)
+    return output
+
+
+def dkpp(
+    student: Tensor,  # [R, C]
+    teacher: Tensor,  # [M, C]
+    labels: Tensor | None,  # [R]
+    sample_ids: Tensor | None,  # [R]
+    step: Tensor | int,
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    seed: int,
+    temperature: float,
+    kd_weight: float,
+    label_weight: float,
+    divergence: Divergence,
+    scale_t2: bool,
+    ignore_index: int,
+    reduction: Reduction,
+    need_grad: bool,
+) -> LossOutput:
+    """See `interface.Backend.dkpp`."""
+    labels, teacher_rows, sample_ids = _contiguous(labels), _contiguous(teacher_rows), _contiguous(sample_ids)
+    output = _allocate(student, reduction, need_grad)
+    offence = _native.dkpp(
+        _matrix(student),
+        _matrix(teacher),
+        _selection(student, labels, teacher_rows, ignore_index),
+        _key(seed, step, sample_ids),
+        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
+        _result(output),
+        torch.get_num_threads(),
+    )
+    if offence[0]:
+        _refuse(offence, labels, teacher_rows, student.shape[1], teacher.shape[0], ignore_index)
+    return output
+
+
+def cwtm(
+    student: Tensor,  # [R, C]
+    teacher: Tensor | None,  # [M, C]
+    labels: Tensor,  # [R]
+    confidence: Tensor | None,  # [M]
+    normalizer: Tensor | None,  # 0-d
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    weight_by: WeightBy,
+    ignore_index: int,
+    need_grad: bool,
+) -> LossOutput:
+    """See `interface.Backend.cwtm`."""
+    labels, teacher_rows = labels.contiguous(), _contiguous(teacher_rows)
+    source = teacher if confidence is None else confidence.unsqueeze(1)
+    assert source is not None, "cwtm needs the teacher's logits or its confidence"
+    output = _allocate(student, "sum", need_grad)
+    offence = _native.cwtm(
+        _matrix(student),
+        _matrix(source) if confidence is None else _NO_MATRIX,
+        _NO_MATRIX if confidence is None else _matrix(source),
+        _selection(student, labels, teacher_rows, ignore_index),
+        normalizer is not None,
+        0.0 if normalizer is None else float(normalizer),
+        weight_by == "teacher_label",
+        _result(output),
+        torch.get_num_threads(),
+    )
+    if offence[0]:
+        _refuse(offence, labels, teacher_rows, student.shape[1], source.shape[0], ignore_index)
+    return output
+
+
+def dkpp_targets(
+    teacher: Tensor,  # [M, C]
+    sample_ids: Tensor | None,  # [R]
+    step: Tensor | int,
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    seed: int,
+    temperature: float,
+) -> Tensor:
+    """See `interface.Backend.dkpp_targets`."""
+    teacher_rows, sample_ids = _contiguous(teacher_rows), _contiguous(sample_ids)
+    rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
+    classes = teacher.shape[1]
+    targets = teacher.new_empty((rows, classes), dtype=_acc(teacher))
+    offence = _native.dkpp_targets(
+        _matrix(teacher),
+        (rows, classes, 0, _address(teacher_rows), 0),
+        _key(seed, step, sample_ids),
+        temperature,
+        targets.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if offence[0]:
+        _refuse(offence, None, teacher_rows, classes, teacher.shape[0], 0)
+    return targets
+
+
+def dkpp_permutation(
+    argmax: Tensor,  # [R]
+    sample_ids: Tensor | None,  # [R]
+    step: Tensor | int,
+    *,
+    seed: int,
+    num_classes: int,
+) -> Tensor:
+    """See `interface.Backend.dkpp_permutation`."""
+    argmax, sample_ids = argmax.contiguous(), _contiguous(sample_ids)
+    rows = argmax.shape[0]
+    sources = argmax.new_empty((rows, num_classes))
+    _native.dkpp_permutation(
+        argmax.data_ptr(), rows, num_classes, _key(seed, step, sample_ids), sources.data_ptr(), torch.get_num_threads()
+    )
+    return sources
+
+
+def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tensor:
+    """See `interface.Backend.scale_grad_`."""
+    scale = 1.0 if grad_scale is None else grad_scale.item()
+    each_row = grad_output.dim() == 1
+    if not each_row and grad_output.item() * scale == 1.0:
+        return grad
+    rows, classes = grad.shape
+    _native.scale_gradient(
+        grad.data_ptr(),
+        _DTYPE[grad.dtype],
+        rows,
+        classes,
+        grad_output.data_ptr(),
+        grad_output.stride(0) if each_row else 0,
+        scale,
+        torch.get_num_threads(),
+    )
+    return grad
+
+
+def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
+    acc = _acc(student)
+    shape = (student.shape[0],) if reduction == "none" else ()
+    return LossOutput(
+        loss=student.new_empty(shape, dtype=acc),
+        kd=student.new_empty(shape, dtype=acc),
+        label=student.new_empty(shape, dtype=acc),
+        grad=student.new_empty(student.shape) if need_grad else None,
+        grad_scale=student.new_empty((), dtype=acc) if need_grad and student.dtype == torch.float16 else None,
+    )
+
+
+def _result(output: LossOutput) -> tuple[int, int, int, int, int]:
+    loss, kd, label, grad, grad_scale = output
+    return loss.data_ptr(), kd.data_ptr(), label.data_ptr(), _address(grad), _address(grad_scale)
+
+
+def _matrix(logits: Tensor) -> tuple[int, int, int, int, int]:
+    row_stride, column_stride = logits.stride()
+    return logits.data_ptr(), _DTYPE[logits.dtype], logits.shape[0], row_stride, column_stride
+
+
+def _selection(
+    student: Tensor, labels: Tensor | None, teacher_rows: Tensor | None, ignore_index: int
+) -> tuple[int, int, int, int, int]:
+    rows, classes = student.shape
+    return rows, classes, _address(labels), _address(teacher_rows), ignore_index
+
+
+def _key(seed: int, step: Tensor | int, sample_ids: Tensor | None) -> tuple[int, int, int]:
+    """Seed and step as 64-bit words in two's complement."""
+    return seed & 0xFFFFFFFFFFFFFFFF, int(step) & 0xFFFFFFFFFFFFFFFF, _address(sample_ids)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _acc(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _refuse(
+    offence: tuple[int, int],
+    labels: Tensor | None,
+    teacher_rows: Tensor | None,
+    classes: int,
+    teacher_size: int,
+    ignore_index: int,
+) -> None:
+    what, row = offence
+    if what == 1:
+        assert labels is not None
+        raise ValueError(
+            f"labels: {int(labels[row])} in row {row} is out of range for {classes} classes "
+            f"(ignore_index is {ignore_index})"
+        )
+    assert teacher_rows is not None
+    raise ValueError(
+        f"teacher_rows: {int(teacher_rows[row])} in row {row} is out of range for {teacher_size} teacher rows"
+    )

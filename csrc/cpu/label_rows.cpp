@@ -1,0 +1,75 @@
+// CWTM's rows: the teacher's confidence, then weighted cross-entropy with the labels.
+#include "sweeps.h"
+
+namespace ban_fast::BAN_FAST_ISA {
+namespace {
+
+template <class T>
+void confidence_rows_as(const ConfidenceJob& job, std::int64_t begin, std::int64_t end) {
+  const Selection& selection = job.selection;
+  const std::int64_t classes = selection.classes;
+  const ScratchRows<T> scratch(classes, 1);
+  const Temperature<T> one(1.0);
+  for (std::int64_t row = begin; row < end; ++row) {
+    if (selection.ignored(row)) {
+      job.log_confidence[row] = -kInfinity<double>;
+      continue;
+    }
+    const T* t = fetch_row(job.teacher, selection.teacher_row(row), classes, scratch.row(0));
+    const T largest = row_maximum(t, classes);
+    LaneSum<T> sum;
+    for_vectors<T>(
+        0, classes,
+        [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+          sum.add(exp_quotient(load_some<tail>(t + i, classes - i, -kInfinity<T>) - Vec<T>(largest), one));
+        },
+        [&]() BAN_FAST_LAMBDA { sum.end_block(); });
+    const double of_label = job.by_label ? double(t[selection.labels[row]]) - double(largest) : 0.0;
+    job.log_confidence[row] = of_label - std::log(sum.value());
+  }
+}
+
+template <class T>
+void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std::int64_t end) {
+  const Selection& selection = job.selection;
+  const std::int64_t classes = selection.classes;
+  const ScratchRows<T> scratch(classes, 2);
+  const Temperature<T> one(1.0);
+  for (std::int64_t row = begin; row < end; ++row) {
+    if (selection.ignored(row)) {
+      job.values[row] = 0.0;
+      clear_row(job.gradient, row, classes);
+      continue;
+    }
+    const T* z = fetch_row(job.student, row, classes, scratch.row(0));
+    T* exp = scratch.row(1);
+    const LabelRow label = label_row(z, classes, selection.labels[row], one, exp);
+    job.values[row] = label.loss;
+    const Vec<T> scale(T(job.weights[row] * job.scale / label.total));
+    with_gradient_row<T>(job.gradient, row, classes, [&]<class To>(To* gradient) BAN_FAST_LAMBDA {
+      if constexpr (!std::is_same_v<To, NoGradient>) {
+        write_row<T>(gradient, classes, [&](std::int64_t i) BAN_FAST_LAMBDA { return load(exp + i) * scale; });
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void confidence_rows(const ConfidenceJob& job, std::int64_t begin, std::int64_t end) {
+  if (job.acc_is_double) {
+    confidence_rows_as<double>(job, begin, end);
+  } else {
+    confidence_rows_as<float>(job, begin, end);
+  }
+}
+
+void weighted_label_rows(const WeightedLabelJob& job, std::int64_t begin, std::int64_t end) {
+  if (is_double(job.student.dtype)) {
+    weighted_label_rows_as<double>(job, begin, end);
+  } else {
+    weighted_label_rows_as<float>(job, begin, end);
+  }
+}
+
+}  // namespace ban_fast::BAN_FAST_ISA

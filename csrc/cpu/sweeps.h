@@ -1,0 +1,180 @@
+// Passes over one row that several losses share. A row is classes >= 1 values of the arithmetic type T with unit stride.
+#pragma once
+
+#include <type_traits>
+
+#include "../row_math.h"
+#include "convert.h"
+#include "rows.h"
+#include "scratch.h"
+#include "vec.h"
+
+#define BAN_FAST_LAMBDA __attribute__((always_inline))
+
+namespace ban_fast::BAN_FAST_ISA {
+
+template <class T>
+inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// Scratch rows of one thread, each padded to whole vectors and by some cache lines more, so that rows of 2^n classes do not
+// all fall on the same lines of the cache.
+template <class T>
+struct ScratchRows {
+  std::int64_t pitch;
+  T* first;
+
+  ScratchRows(std::int64_t classes, int rows)
+      : pitch((classes + 15) / 16 * 16 + std::int64_t(5 * 64 / sizeof(T))),
+        first(static_cast<T*>(thread_scratch(std::size_t(pitch) * std::size_t(rows) * sizeof(T)))) {}
+  __attribute__((always_inline)) T* row(int i) const { return first + i * pitch; }
+  ScratchRows after(int rows) const { return ScratchRows(pitch, row(rows)); }
+
+ private:
+  ScratchRows(std::int64_t pitch_, T* first_) : pitch(pitch_), first(first_) {}
+};
+
+// A sum of many terms: lanes add up a block of vectors in T, blocks go on in double, so that no fp32 sum has many terms.
+template <class T>
+struct LaneSum {
+  Vec<T> block{T(0)};
+  Vec<double> total{0.0};
+
+  __attribute__((always_inline)) void add(Vec<T> x) { block = block + x; }
+  __attribute__((always_inline)) void add_product(Vec<T> x, Vec<T> y) { block = madd(x, y, block); }
+  __attribute__((always_inline)) void end_block() {
+    total = total + widened_sum(block);
+    block = Vec<T>(T(0));
+  }
+  __attribute__((always_inline)) double value() const { return lane_sum(total); }
+};
+
+inline constexpr int kBlockVectors = 16;
+
+// Calls body(i, tail) for the vectors of [begin, end), tail a constant: whether the vector is the last and cut short. end_block()
+// comes after every kBlockVectors or so, and at the end.
+template <class T, class Body, class EndBlock>
+BAN_FAST_HD void for_vectors(std::int64_t begin, std::int64_t end, Body body, EndBlock end_block) {
+  constexpr std::int64_t lanes = Vec<T>::lanes;
+  const std::int64_t whole = begin + (end - begin) / lanes * lanes;
+  std::int64_t i = begin;
+  while (i < whole) {
+    const std::int64_t stop = whole - i > kBlockVectors * lanes ? i + kBlockVectors * lanes : whole;
+    for (; i < stop; i += lanes) body(i, std::false_type{});
+    if (i < whole) end_block();
+  }
+  if (whole < end) body(whole, std::true_type{});
+  end_block();
+}
+
+template <class T>
+BAN_FAST_HD typename Vec<T>::Mask first_lanes(std::int64_t count) {
+  return lane_numbers<IntOf<T>>() < Vec<IntOf<T>>(IntOf<T>(count));
+}
+
+template <class T>
+BAN_FAST_HD T row_maximum(const T* row, std::int64_t classes) {
+  Vec<T> largest(-kInfinity<T>);
+  for_vectors<T>(
+      0, classes,
+      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+        largest = larger(largest, load_some<tail>(row + i, classes - i, -kInfinity<T>));
+      },
+      []() BAN_FAST_LAMBDA {});
+  return largest_lane(largest);
+}
+
+// The lowest index of `value` in the row; 0 where it is not there (a row of NaN).
+template <class T>
+BAN_FAST_HD std::int64_t first_index(const T* row, std::int64_t classes, T value) {
+  constexpr std::int64_t lanes = Vec<T>::lanes;
+  std::int64_t i = 0;
+  for (; i + lanes <= classes; i += lanes) {
+    if (any(load(row + i) == Vec<T>(value))) break;
+  }
+  for (; i < classes; ++i) {
+    if (row[i] == value) return i;
+  }
+  return 0;
+}
+
+// ---- The label term --------------------------------------------------------------------------------------------
+
+// exp(z - m), m = max z, of a row into `exp`, but minus the sum of the others at the label: times 1 / total it is d CE / dz.
+struct LabelRow {
+  double loss, total;
+};
+
+template <class T>
+BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Temperature<T>& one, T* exp) {
+  constexpr std::int64_t lanes = Vec<T>::lanes;
+  const T largest = row_maximum(z, classes);
+  LaneSum<T> rest;
+  const auto body = [&](std::int64_t i, std::int64_t count, auto whole) BAN_FAST_LAMBDA {
+    const Vec<T> x = load_some<!whole>(z + i, count, -kInfinity<T>);
+    Vec<T> e = exp_quotient(x - Vec<T>(largest), one);
+    if constexpr (!whole) {
+      const auto counted = first_lanes<T>(count) & ~(lane_numbers<IntOf<T>>() == Vec<IntOf<T>>(IntOf<T>(label - i)));
+      e = select(counted, e, Vec<T>(T(0)));
+    }
+    store(exp + i, e);
+    rest.add(e);
+  };
+  const auto sweep = [&](std::int64_t begin, std::int64_t end) BAN_FAST_LAMBDA {
+    for_vectors<T>(
+        begin, end,
+        [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+          body(i, classes - i, std::bool_constant<!tail>{});
+        },
+        [&]() BAN_FAST_LAMBDA { rest.end_block(); });
+  };
+  const std::int64_t before = label / lanes * lanes;
+  const std::int64_t after = before + lanes < classes ? before + lanes : classes;
+  sweep(0, before);
+  body(before, after - before, std::false_type{});
+  sweep(after, classes);
+  const T gap = largest - z[label];
+  const double exp_label = double(exp_quotient(-gap, one));
+  const double others = rest.value();
+  exp[label] = T(-others);
+  return {label_loss(others, exp_label, double(gap)), others + exp_label};
+}
+
+// ---- Writing a gradient ----------------------------------------------------------------------------------------
+
+// row[i] = value(i) for a gradient's row; value gives a vector, of which all lanes are computed and the row's are written.
+template <class T, class To, class Value>
+BAN_FAST_HD void write_row(To* row, std::int64_t classes, Value value) {
+  for_vectors<T>(
+      0, classes,
+      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA { write_some<tail>(row + i, value(i), classes - i); }, []() BAN_FAST_LAMBDA {});
+}
+
+BAN_FAST_HD std::int64_t element_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+BAN_FAST_HD void clear_row(const Gradient& gradient, std::int64_t row, std::int64_t classes) {
+  const std::int64_t bytes = classes * element_size(gradient.dtype);
+  if (gradient.data != nullptr) std::memset(static_cast<char*>(gradient.data) + row * bytes, 0, std::size_t(bytes));
+}
+
+struct NoGradient {};
+
+// Calls use(pointer to the gradient's row in its own type), one of those that go with T, or NoGradient's null.
+template <class T, class Use>
+BAN_FAST_HD void with_gradient_row(const Gradient& gradient, std::int64_t row, std::int64_t classes, Use use) {
+  const std::int64_t offset = row * classes;
+  if (gradient.data == nullptr) {
+    use(static_cast<NoGradient*>(nullptr));
+  } else if constexpr (std::is_same_v<T, double>) {
+    use(static_cast<double*>(gradient.data) + offset);
+  } else if (gradient.dtype == DType::f32) {
+    use(static_cast<float*>(gradient.data) + offset);
+  } else if (gradient.dtype == DType::f16) {
+    use(static_cast<Half*>(gradient.data) + offset);
+  } else {
+    use(static_cast<BFloat16*>(gradient.data) + offset);
+  }
+}
+
+}  // namespace ban_fast::BAN_FAST_ISA

@@ -1,0 +1,186 @@
+// The formulas of one row, written once: for the CPU's vectors, and as scalars for host and device.
+//
+// z: student's logits, t: teacher's, r: the teacher's argmax, T: temperature. Sums over a row are double, elements F.
+#pragma once
+
+#include <cmath>
+
+#include "elementary.h"
+
+namespace ban_fast::BAN_FAST_ISA {
+
+// ---- KD: differences of logits, never of logs ------------------------------------------------------------------
+
+// |d| and the least share of the student's mass, relative to its reference class, up to which a row is "near".
+inline constexpr double kNearLimit = 20.0;
+inline constexpr double kNearMass = 0.25;
+inline constexpr double kSeriesLimit = 0.1;
+
+// z - t without error: s + e (TwoSum). Needs strict IEEE arithmetic, so no file here is compiled with -ffast-math.
+template <class F>
+struct Difference {
+  F s, e;
+};
+
+template <class F>
+BAN_FAST_HD Difference<F> exact_difference(F z, F t) {
+  const F s = z - t;
+  const F b = s - z;
+  return {s, (z - (s - b)) - (t + b)};
+}
+
+// d_i = ((z_i - t_i) - (z_r - t_r)) / T, the division last.
+template <class F>
+BAN_FAST_HD F relative_difference(Difference<F> i, Difference<F> r, const Temperature<Scalar<F>>& temperature) {
+  return divide((i.s - r.s) + (i.e - r.e), temperature);
+}
+
+// What a near row's elements need of its sums S = sum e^((t_i - t_r) / T) and A = sum e^((t_i - t_r) / T) (e^(d_i) - 1):
+// D = log1p(A / S), exp(-D) = S / (S + A), expm1(-D) = -A / (S + A).
+template <class T>
+struct NearRow {
+  T log_mass, exp_neg, expm1_neg;
+
+  NearRow(double s, double a)
+      : log_mass(T(std::log1p(a / s))), exp_neg(T(s / (s + a))), expm1_neg(T(-a / (s + a))) {}
+};
+
+// Whether the difference form holds for a row (false for NaN); otherwise it goes by log-sum-exp. Below kNearMass A's rounding
+// weighs more than the cancellation that the form avoids.
+BAN_FAST_HD bool is_near(double largest_d, double s, double a) {
+  return largest_d <= kNearLimit && a / s >= kNearMass - 1.0;
+}
+
+// log(q_i / p_i) and q_i / p_i - 1.
+template <class F>
+struct Ratio {
+  F log, minus_one;
+};
+
+template <class F>
+BAN_FAST_HD Ratio<F> near_ratio(F d, F expm1_d, F log_mass, F exp_neg, F expm1_neg) {
+  return {d - log_mass, madd(expm1_d, exp_neg, expm1_neg)};
+}
+
+// w - u >= 0 with u = log(q / p), w = q / p - 1: the KL divergence is its mean under p.
+template <class F>
+BAN_FAST_HD F divergence_term(Ratio<F> ratio) {
+  const F u = ratio.log;
+  return select(magnitude(u) < F(Scalar<F>(kSeriesLimit)), expm1_minus_argument(u), ratio.minus_one - u);
+}
+
+// ---- The label term --------------------------------------------------------------------------------------------
+
+// Cross-entropy with label y from R = sum over i != y of exp(z_i - m), e_y = exp(z_y - m), m = max z: no 1 - q_y, so exact
+// where the label is nearly certain. d/dz_i = exp(z_i - m) / (R + e_y), and -R / (R + e_y) for y.
+BAN_FAST_HD double label_loss(double rest, double exp_y, double max_minus_y) {
+  return max_minus_y == 0.0 ? std::log1p(rest) : std::log(rest + exp_y) + max_minus_y;
+}
+
+// ---- DKPP's permutation: 32-bit unsigned arithmetic on U, a word or a vector of words ---------------------------
+//
+// U needs, beside the operators: high_product(a, b), lesser(a, b), greater(a, b), select_if_negative(bits, a, b).
+
+inline constexpr std::uint32_t kGolden = 0x9e3779b9u;
+inline constexpr int kSwapRounds = 24;
+inline constexpr int kMostFeistelRounds = 10;
+inline constexpr std::uint32_t kFeistelFrom = 99;  // fewer outputs: a Feistel network is not uniform, swap-or-not is
+
+BAN_FAST_HD std::uint32_t high_product(std::uint32_t a, std::uint32_t b) {
+  return std::uint32_t((std::uint64_t(a) * b) >> 32);
+}
+BAN_FAST_HD std::uint32_t lesser(std::uint32_t a, std::uint32_t b) { return a < b ? a : b; }
+BAN_FAST_HD std::uint32_t greater(std::uint32_t a, std::uint32_t b) { return a < b ? b : a; }
+BAN_FAST_HD std::uint32_t select_if_negative(std::uint32_t bits, std::uint32_t a, std::uint32_t b) {
+  return std::int32_t(bits) < 0 ? a : b;
+}
+
+template <class U>
+BAN_FAST_HD U mix(U x) {
+  x = x ^ (x >> 16);
+  x = x * U(0x7feb352du);
+  x = x ^ (x >> 15);
+  x = x * U(0x846ca68bu);
+  return x ^ (x >> 16);
+}
+
+template <class U>
+struct RowKey {
+  U k0, k1;
+};
+
+template <class U>
+BAN_FAST_HD RowKey<U> absorb(RowKey<U> key, U word) {
+  const U k0 = mix(key.k0 ^ word) + U(kGolden);
+  return {k0, mix(key.k1 + word) ^ k0};
+}
+
+// The key after seed and step, which all rows share; a row's id is absorbed on top, low word first.
+BAN_FAST_HD RowKey<std::uint32_t> call_key(std::uint64_t seed, std::uint64_t step) {
+  RowKey<std::uint32_t> key{0x243f6a88u, 0x85a308d3u};
+  const std::uint64_t words[] = {seed, step};
+  for (std::uint64_t word : words) {
+    key = absorb(key, std::uint32_t(word));
+    key = absorb(key, std::uint32_t(word >> 32));
+  }
+  return key;
+}
+
+template <class U>
+BAN_FAST_HD U round_key(RowKey<U> key, std::uint32_t i) {
+  return mix(key.k0 ^ mix(key.k1 + U(i * kGolden)));
+}
+
+// One swap-or-not round on x < n: x and offset - x (modulo n) change places, or not, by one bit of a hash of the larger.
+template <class U>
+BAN_FAST_HD U swap_or_not(U x, U offset, U key, U n) {
+  const U below = offset - x;
+  const U partner = lesser(below, below + n);  // below 0, `below` wraps around to the larger of the two
+  const U hash = mix(greater(x, partner) * U(kGolden) + key);
+  return select_if_negative(hash, partner, x);
+}
+
+// A mixed-radix Feistel network's shape: a * b >= n points, x = l * b + r. Two ranks of one column keep their distance with an
+// extra probability of b^(-rounds / 2): at n = 99 that shows in 2e5 samples of 6 rounds, in 3e9 of 10.
+struct FeistelShape {
+  std::uint32_t n, a, b;
+  int rounds;
+  std::uint32_t inverse_b;  // ceil(2^32 / b)
+
+  explicit FeistelShape(std::uint32_t outputs) : n(outputs), a(outputs < 2 ? 1u : std::uint32_t(std::sqrt(double(outputs)))) {
+    b = outputs < 2 ? 1u : (n + a - 1) / a;
+    rounds = outputs < 1000 ? kMostFeistelRounds : 8;
+    inverse_b = std::uint32_t(((std::uint64_t(1) << 32) + b - 1) / b);
+  }
+};
+
+template <class U>
+struct FeistelPoint {
+  U l, r;
+};
+
+template <class U>
+BAN_FAST_HD FeistelPoint<U> feistel_point(U x, const FeistelShape& shape) {
+  const U b = U(shape.b);
+  U l = high_product(x, U(shape.inverse_b));
+  U r = x - l * b;
+  // 1 / b was rounded up, so l may be one too many.
+  l = select_if_negative(r, l - U(1u), l);
+  r = select_if_negative(r, r + b, r);
+  return {l, r};
+}
+
+// All rounds, once; keys: shape.rounds of them.
+template <class U, class Keys>
+BAN_FAST_HD FeistelPoint<U> feistel(FeistelPoint<U> point, const Keys& keys, const FeistelShape& shape) {
+  const U a = U(shape.a), b = U(shape.b);
+  for (int i = 0; i < shape.rounds; i += 2) {
+    const U l = point.l + high_product(mix(point.r * U(kGolden) + U(keys[i])), a);
+    point.l = lesser(l, l - a);  // modulo a: below a, l - a wraps around to the larger
+    const U r = point.r + high_product(mix(point.l * U(kGolden) + U(keys[i + 1])), b);
+    point.r = lesser(r, r - b);
+  }
+  return point;
+}
+
+}  // namespace ban_fast::BAN_FAST_ISA

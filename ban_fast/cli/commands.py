@@ -1,5 +1,6 @@
 """What each command does: build, call, print. Each returns its exit status."""
 
+import os
 import shlex
 import sys
 import time
@@ -23,6 +24,7 @@ def train(session: Session, values: flags.Values) -> int:
     config.validate()
     out = Path(values["out"]) if values["out"] is not None else _new_directory(config.recipe)
     signals.remark = " before training began"
+    _find_own_modules()
     from .. import training
     from ..evaluation import RunDirectory
     from ..report import table
@@ -44,6 +46,7 @@ def train(session: Session, values: flags.Values) -> int:
 def evaluate(session: Session, run: str, members: str | None, data_dir: str | None) -> int:
     """`ban-fast evaluate`."""
     chosen = None if members is None else _members(members)
+    _find_own_modules()
     from .. import training
     from ..evaluation import RunDirectory
     from ..report import table
@@ -90,6 +93,11 @@ def info(session: Session, data_dir: str | None) -> int:
     for line in lines(data_dir):
         print(line)
     return 0
+
+
+def _find_own_modules() -> None:
+    """Let `--model module:factory` name a file of the current directory. Last in line, so that it hides no other."""
+    sys.path.append(os.getcwd())
 
 
 def _new_directory(recipe: str) -> Path:

@@ -15,6 +15,8 @@ from .quiet import one_line
 # Typer carries its own copy of click, older ones import it: BadParameter's base is the usage error of either.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+_LONGEST = 800
+"""Letters of a line: timm alone has 25,000 letters of names to choose from."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -34,7 +36,8 @@ _REMEDIES = {
 def explain(error: BaseException, request: Request | None) -> tuple[str, int]:
     """The line, without "ban-fast: ", and the exit status. `request` knows what set a field of the configuration."""
     line, status = _explain(error, request)
-    return one_line(line), status
+    line = one_line(line)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ...", status
 
 
 def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
@@ -42,7 +45,7 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
         name = request.name_of(error.field) if request is not None else flag_of(error.field) or error.field
         return f"{name}{' ' if error.problem.startswith('must be ') else ': '}{error.problem}", 2
     if isinstance(error, UserError):
-        return str(error), 2
+        return _named(error, request), 2
     if isinstance(error, UsageError):
         return _usage(error), 2
     if isinstance(error, OSError) and error.errno in _REMEDIES:
@@ -55,6 +58,17 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
         )
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"internal error: {detail}{_place(error)}; BAN_FAST_DEBUG=1 shows the traceback", 1
+
+
+def _named(error: UserError, request: Request | None) -> str:
+    """The message; where it came from models or data and names no option, the one that chose the network or data."""
+    text, frame = str(error), _last_frame(error)
+    if request is None or frame is None or "--" in text:
+        return text
+    field = {"models": "model.name", "data": "data.name"}.get(frame[0].parts[0])
+    if field == "model.name" and any(option in text for option in request.config.model.options):
+        field = "model.options"
+    return text if field is None else f"{request.name_of(field)}: {text}"
 
 
 def _usage(error: Any) -> str:
@@ -86,8 +100,14 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _place(error: BaseException) -> str:
     """Where in this package it happened, for a report of it."""
+    frame = _last_frame(error)
+    return f" (ban_fast/{frame[0]}:{frame[1]})" if frame is not None else ""
+
+
+def _last_frame(error: BaseException) -> tuple[Path, int | None] | None:
+    """The innermost file of this package that the error passed through, and the line there."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
         if file.is_relative_to(_PACKAGE):
-            return f" (ban_fast/{file.relative_to(_PACKAGE)}:{frame.lineno})"
-    return ""
+            return file.relative_to(_PACKAGE), frame.lineno
+    return None

@@ -45,13 +45,18 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "schedule": (["train", "--schedule", "cosin"], ["--schedule: unknown value 'cosin'; did you mean 'cosine'?"]),
     "device": (["train", "--device", "gpu"], ["--device: unknown value 'gpu'"]),
     "amp": (["train", "--amp", "fp8"], ["--amp: unknown value 'fp8'; did you mean 'fp16'?"]),
-    "data": (["train", "--data", "cifr10"], ["cifr10", "did you mean 'cifar10'?"]),
+    "data": (["train", "--data", "cifr10"], ["--data: unknown dataset 'cifr10'", "did you mean 'cifar10'?"]),
     "data not there": (["train", "--data", "cifar100", "--data-dir", "."], ["cifar100", "--data-dir"]),
-    "model": (["train", "--model", "wrnn-28-1"], ["wrnn-28-1", "did you mean"]),
-    "model depth": (["train", "--model", "wrn-29-1"], ["wrn-29-1", "6n+4"]),
-    "model factory": (["train", "--model", "no_such_module:make"], ["no_such_module"]),
+    "model": (["train", "--model", "wrnn-28-1"], ["--model: ", "wrnn-28-1", "did you mean"]),
+    "model depth": (["train", "--model", "wrn-29-1"], ["--model: ", "depth 29", "6n+4"]),
+    "model factory": (["train", "--model", "no_such_module:make"], ["--model: ", "no_such_module"]),
     "model option": (["train", "--model-option", "memory"], ["--model-option must be KEY=VALUE", "got 'memory'"]),
-    "model option unknown": (["train", "--model-option", "memry=checkpoint"], ["memry"]),
+    "model option unknown": (["train", "--model-option", "memry=checkpoint"], ["--model-option: ", "memry"]),
+    "model option's value": (
+        ["train", "--model", "wrn-10-1", "--model-option", "dropout=2"],
+        ["--model-option: ", "dropout must be"],
+    ),
+    "a name like thousands": (["train", "--model", "timm:x"], ["--model: ", "timm has no network 'x'", " ...\n"]),
     "weight of no term": (["train", "--objective", "ban", "--label-weight", "1"], ["--label-weight", "no label term"]),
     "two bases": (["train", "--recipe", "demo", "--config", "x.json"], ["--config and --recipe"]),
     "config missing": (["train", "--config", "x.json"], ["--config: there is no file x.json"]),
@@ -114,7 +119,11 @@ def test_a_damaged_configuration(
 def test_a_bad_value_is_named_by_where_it_came_from(call: Call, tmp_path: Path) -> None:
     """A file's own value by its path there; a flag's by the flag, over the same file."""
     (tmp_path / "c.json").write_text(json.dumps(recipes.get("demo").to_dict()))
-    call("train", "--config", "c.json", "--data", "cifr10").mistake("cifr10")
+    call("train", "--config", "c.json", "--data", "cifr10").mistake("--data: unknown dataset 'cifr10'")
+    stored = recipes.get("demo").to_dict()
+    stored["model"]["name"] = "wrnn-28-1"
+    (tmp_path / "d.json").write_text(json.dumps(stored))
+    call("train", "--config", "d.json").mistake("model.name in d.json: ", "wrnn-28-1")
     call("train", "--config", "c.json", "--lr", "-1").mistake("--lr must be")
 
 

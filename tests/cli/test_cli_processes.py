@@ -1,0 +1,179 @@
+"""The command as a process: signals, a reader that leaves, a disk that is full, a terminal."""
+
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli_calls import Said, Start, finish, tree
+
+LONG = ("--model", "mlp-8", "--generations", "1", "--max-steps", "600", "--epochs", "1000")
+"""Flags of a run of a few seconds, which a signal surely finds at work."""
+
+SLOW_MODEL = """
+import time
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    def forward(self, x):
+        if len(x) > 2:  # not while training only looks whether the network fits
+            print("working", flush=True)
+            time.sleep(SECONDS)
+        return self.layers(x)
+"""
+
+
+def wait_for(process: "subprocess.Popen[str]", words: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"it ended without saying {words!r}: {process.communicate()}")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
+    start: Start, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    process = start("train", *LONG, "--out", "a run")
+    wait_for(process, "parameters")
+    time.sleep(0.3)
+    process.send_signal(number)
+    said = finish(process)
+    assert said.status == status, said
+    said.line(
+        f"stopped by {number.name} at generation 0, step ",
+        ": saved; continue with `ban-fast train --out 'a run' --resume`",
+    )
+    assert (tmp_path / "a run" / "generation-0" / "state.pt").exists()
+    if number == signal.SIGINT:
+        resumed = finish(start("train", "--out", "a run", "--resume"))
+        assert (resumed.status, resumed.err) == (0, ""), resumed
+        assert finish(start("train", *LONG, "--out", "whole")).status == 0
+        for generation in ("generation-0", "generation-1"):
+            weights = (tmp_path / "a run" / generation / "model.safetensors").read_bytes()
+            assert weights == (tmp_path / "whole" / generation / "model.safetensors").read_bytes()
+
+
+def test_a_second_signal_leaves_at_once(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_MODEL.replace("SECONDS", "60"))
+    process = start("train", "--model", "slow:Slow", "--out", "run", env={"PYTHONPATH": str(tmp_path)})
+    wait_for(process, "working")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None, "the first waits for the step"
+    process.send_signal(signal.SIGINT)
+    said = finish(process)
+    assert said.status == 130
+    said.line("stopped by SIGINT at once", "ban-fast train --out run --resume")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_imports(start: Start, tmp_path: Path, number: signal.Signals, status: int) -> None:
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = start("train", "--out", "run", env={"PYTHONPATH": str(tmp_path / "library")})
+    wait_for(process, "importing")
+    process.send_signal(number)
+    said = finish(process)
+    assert said.status == status
+    said.only_line(f"stopped by {number.name} before training began")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_during_evaluation(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_MODEL.replace("SECONDS", "0"))
+    env = {"PYTHONPATH": str(tmp_path)}
+    short = ("--model", "slow:Slow", "--max-steps", "2", "--generations", "0", "--limit-test", "64")
+    assert finish(start("train", *short, "--out", "run", env=env)).status == 0
+    (tmp_path / "slow.py").write_text(SLOW_MODEL.replace("SECONDS", "60"))
+    before = tree(tmp_path / "run")
+    process = start("evaluate", "run", env=env)
+    wait_for(process, "working")
+    process.send_signal(signal.SIGINT)
+    said = finish(process)
+    assert said.status == 130
+    said.only_line("stopped by SIGINT")
+    assert tree(tmp_path / "run") == before
+
+
+def test_a_reader_that_leaves_does_not_end_the_training(start: Start, tmp_path: Path) -> None:
+    process = start("train", *LONG, "--out", "run")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait(timeout=120)
+    assert (tmp_path / "run" / "generation-1" / "model.safetensors").exists()
+
+
+def test_a_full_device_on_stdout(start: Start) -> None:
+    with open("/dev/full", "w") as full:
+        process = start("info", stdout=full)
+        _, err = process.communicate(timeout=120)
+    said = Said(process.returncode, "", err)
+    said.mistake("No space left on device")
+
+
+@pytest.mark.parametrize("limit", [0, 2000, pytest.param(20000, marks=pytest.mark.slow)])
+def test_a_full_disk(start: Start, tmp_path: Path, limit: int) -> None:
+    """A limit on file sizes stands for it: what was whole stays whole; where nothing could begin, nothing is left."""
+
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    env = {"PYTHONDONTWRITEBYTECODE": "1"}
+    process = start("train", "--model", "mlp-64", "--max-steps", "40", "--out", "runs/a", env=env, preexec_fn=lower)
+    said = finish(process)
+    assert said.status == 2, said
+    said.line("File too large")
+    if limit == 0:
+        assert tree(tmp_path) == {}
+    else:
+        assert not [name for name in tree(tmp_path) if name.endswith((".tmp", ".part"))]
+        assert not (tmp_path / "runs" / "a" / "generation-0" / "model.safetensors").exists()
+        resumed = finish(start("train", "--out", "runs/a", "--resume"))
+        assert resumed.status == 0, resumed
+
+
+def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start, tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    process = start("train", *LONG, "--out", "run", stderr=slave, env={"TERM": "xterm", "COLUMNS": "100"})
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:  # the other end was closed
+            break
+        if not piece:
+            break
+        shown += piece
+    out, _ = process.communicate(timeout=120)
+    os.close(master)
+    assert process.returncode == 0
+    assert b"images/s" in shown
+    assert b"epoch" in shown
+    assert shown.rstrip().endswith((b"\x1b[?25h", b"\x1b[2K", b"\x1b[1A")) or b"\x1b[?25h" in shown, (
+        "the cursor is back"
+    )
+    assert "BAN-1" in out
+    assert "images/s" not in out
+
+
+def test_the_console_script_is_the_same_command() -> None:
+    script = Path(sys.executable).with_name("ban-fast")
+    versions = [
+        subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+        for command in ([str(script)], [sys.executable, "-m", "ban_fast"])
+    ]
+    assert versions[0] == versions[1]

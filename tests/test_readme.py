@@ -1,0 +1,70 @@
+"""README keeps its word: its Python runs, its commands parse, its names exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from ban_fast.losses import CWTMLoss, DKPPLoss, KDLoss
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_library_example_runs_in_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (b for b in blocks("python") if "training import run" in b)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"\[(\d+\.\d+(, )?){4}\] \{'error': .*, 'nll': .*, 'ece': .*\}\n", printed), printed
+
+
+def test_the_losses_example_runs() -> None:
+    (example,) = (b for b in blocks("python") if "losses import" in b)
+    torch.manual_seed(0)
+    names = {
+        "student_logits": torch.randn(4, 10, requires_grad=True),
+        "teacher_logits": torch.randn(4, 10),
+        "labels": torch.tensor([1, 2, 3, 4]),
+        "step": 3,
+        "ids": torch.arange(4),
+    }
+    for line in example.splitlines()[2:]:
+        scope = {"KDLoss": KDLoss, "CWTMLoss": CWTMLoss, "DKPPLoss": DKPPLoss, **names}
+        exec(line, scope)
+        assert scope["loss"].isfinite()
+        assert scope["loss"].requires_grad
+
+
+def test_the_equivalence_holds() -> None:
+    """The formula in the text, at logits where the textbook form is good enough to compare with."""
+    from torch.nn import functional as F
+
+    torch.manual_seed(0)
+    s, t, y = torch.randn(64, 10), torch.randn(64, 10), torch.randint(0, 10, (64,))
+    expected = 0.7 * 9 * F.kl_div((s / 3).log_softmax(1), (t / 3).softmax(1), reduction="batchmean")
+    expected = expected + 0.3 * F.cross_entropy(s, y)
+    torch.testing.assert_close(KDLoss(3.0, kd_weight=0.7, label_weight=0.3)(s, t, y), expected)
+
+
+def test_the_commands_parse() -> None:
+    """Every `ban-fast` line names a command and flags that exist."""
+    from ban_fast.cli.app import command
+
+    group = command()
+    lines = [line.split("#")[0].strip() for b in blocks("sh") for line in b.splitlines()]
+    calls = [shlex.split(part) for line in lines for part in line.split("&&") if part.strip().startswith("ban-fast")]
+    assert len(calls) >= 7
+    for call in calls:
+        flags = {flag for p in group.commands[call[1]].params for flag in p.opts}
+        assert {word for word in call[2:] if word.startswith("--")} <= flags, call
+
+
+def test_ci_finds_the_test_command() -> None:
+    """.ci/run takes the second command from README by its beginning."""
+    assert any(line.startswith("pip install -e '.[test]' && pytest") for line in README.splitlines())

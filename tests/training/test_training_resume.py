@@ -15,7 +15,6 @@ from ban_fast.config import Config
 from ban_fast.errors import OptionError, UserError
 from ban_fast.training import Interrupted, run
 
-
 IN_STUDENT = STEPS + EPOCHS + 2 + 7
 """A question in generation 1: after the teacher's steps and evaluations, two starts, an epoch and two steps more."""
 

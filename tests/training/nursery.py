@@ -1,0 +1,174 @@
+"""A process that has torch in memory and raises children by fork, to be killed. It trains nothing itself.
+
+`python nursery.py MODE DIRECTORY` prints one JSON line; `test_training_kill.py` reads it. Each child is a process of
+its own, with one thread, that runs `ban_fast.training.run` to its end, is killed with SIGKILL by this one at some
+moment, or kills itself in the same way just before its nth operation on a file.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_runs import Recorder, config, own
+
+from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ban_fast.training import run
+
+
+def child(work: Callable[..., None], *arguments: Any) -> int:
+    """The id of a new process that does `work(*arguments)` and exits."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        work(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def outcome(pid: int) -> int:
+    """0 for a child that came to its end, -9 for one that was killed."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"a child failed with {code}")
+    return code
+
+
+def session(settings: Config, path: Path, arguments: dict[str, Any], log: Path) -> None:
+    """One try at the run: begin it, or go on with it. Its count of steps goes to `log`, if it lives that long."""
+    observer = Recorder()
+    run(settings, out=path, resume=(path / "config.json").exists(), observer=observer, **arguments)
+    done = sum(done for _, _, _, done in observer.started)
+    skipped = observer.plan.finished * observer.plan.steps if observer.plan else 0
+    log.write_text(json.dumps({"steps": sum(observer.steps.values()), "done": done + skipped}))
+
+
+def killed_at_random(settings: Config, arguments: dict[str, Any], directory: Path, kills: int, seed: int) -> None:
+    """Kill a run `kills` times, each a random while after a random number of checkpoints.
+
+    With a checkpoint after each of some 90 steps, 8 times 5 of them and a third of its time don't suffice to finish it.
+    """
+    log, path = directory / "log.json", directory / "killed"
+    begin = time.monotonic()
+    assert outcome(child(session, settings, directory / "whole", arguments, log)) == 0
+    whole = time.monotonic() - begin
+    total = json.loads(log.read_text())["steps"]
+    draw = random.Random(seed)
+    landed = 0
+    for _ in range(kills):
+        pid = child(session, settings, path, arguments, log)
+        await_checkpoints(pid, path, draw.randint(0, 5))
+        time.sleep(draw.uniform(0, whole / (3 * kills)))
+        os.kill(pid, signal.SIGKILL)
+        if outcome(pid) == 0:
+            break
+        landed += 1
+    log.unlink()
+    assert outcome(child(session, settings, path, arguments, log)) == 0
+    print(json.dumps({"kills": landed, "total": total, "last": json.loads(log.read_text())}))
+
+
+def await_checkpoints(pid: int, path: Path, count: int) -> None:
+    """Return when the child has replaced its checkpoint `count` times, or is done."""
+    seen = stamps(path)
+    while count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        now = stamps(path)
+        if now != seen:
+            seen, count = now, count - 1
+        time.sleep(0.001)
+
+
+def stamps(path: Path) -> list[tuple[str, int]]:
+    found = []
+    for file in path.glob("generation-*/state.pt"):
+        found.append((str(file), file.stat().st_ino))
+    return sorted(found)
+
+
+def killed_at_each_operation(directory: Path) -> None:
+    """Kill a run before its first operation on a file, its second, ... until one comes to its end unharmed."""
+    settings = config(epochs=1, max_steps=1, checkpoint_seconds=0.0)
+    log = directory / "log.json"
+    assert outcome(child(session, settings, directory / "whole", own(), log)) == 0
+    nth = 0
+    while True:
+        nth += 1
+        path = directory / str(nth)
+        if outcome(child(session_killed_before, nth, settings, path, log)) == 0:
+            break
+        assert outcome(child(session, settings, path, own(), log)) == 0
+    print(json.dumps({"operations": nth - 1}))
+
+
+def session_killed_before(nth: int, settings: Config, path: Path, log: Path) -> None:
+    count = 0
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event != "open" or (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate") and writes:
+            if not str(arguments[0]).startswith(str(path.parent)):
+                return
+            count += 1
+            if count == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync = os.fsync
+
+    def watched_fsync(descriptor: int) -> None:  # the one that raises no audit event
+        nonlocal count
+        count += 1
+        if count == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = watched_fsync
+    sys.addaudithook(audit)
+    session(settings, path, own(), log)
+
+
+def wide_resnet() -> Config:
+    """A network with dropout on real images."""
+    return Config(
+        data=DataConfig(name="digits", limit_train=160, limit_test=64),
+        model=ModelConfig(name="wrn-10-1", options={"dropout": 0.3}),
+        objective=ObjectiveConfig(name="dkpp"),
+        optimizer=OptimizerConfig(lr=0.05),
+        generations=2,
+        epochs=6,
+        batch_size=32,
+        device="cpu",
+        checkpoint_seconds=0.0,
+    )
+
+
+def main() -> None:
+    importlib.import_module("torch._dynamo")  # the first optimizer of a process does, for seconds: children inherit it
+    mode, directory = sys.argv[1], Path(sys.argv[2])
+    if mode == "operations":
+        killed_at_each_operation(directory)
+    elif mode == "small":
+        killed_at_random(config(epochs=8, checkpoint_seconds=0.0), own(), directory, kills=6, seed=1)
+    elif mode == "wide-resnet":
+        killed_at_random(wide_resnet(), {}, directory, kills=8, seed=2)
+    else:
+        raise SystemExit(f"unknown mode {mode}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Real processes, killed with SIGKILL at random moments and at every operation on a file, resume bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import footprint
+
+NURSERY = Path(__file__).with_name("nursery.py")
+
+
+def nursery(mode: str, directory: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(NURSERY), mode, str(directory)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_killed_before_each_operation_on_a_file(tmp_path: Path) -> None:
+    """Between any two of them: before config.json, between the files of two generations, during the ensembles."""
+    said = nursery("operations", tmp_path)
+    # Two generations' checkpoints alone are 2 x (folder, journal, 2 x (open, fsync, rename, fsync) of state.pt, ...).
+    assert said["operations"] > 50
+    expected = footprint(tmp_path / "whole")
+    for nth in range(1, said["operations"] + 1):
+        assert footprint(tmp_path / str(nth)) == expected, f"killed before operation {nth}"
+
+
+@pytest.mark.parametrize("mode", ["small", pytest.param("wide-resnet", marks=pytest.mark.slow)])
+def test_killed_at_random_moments(mode: str, tmp_path: Path) -> None:
+    said = nursery(mode, tmp_path)
+    assert said["kills"] >= 3
+    assert footprint(tmp_path / "killed") == footprint(tmp_path / "whole")
+    # The last session took up what was done, and did the rest and nothing else.
+    assert said["last"]["done"] > 0
+    assert said["last"]["steps"] == said["total"] - said["last"]["done"]

@@ -31,7 +31,7 @@ def kd(
     need_grad: bool,
 ) -> LossOutput:
     """See `interface.Backend.kd`."""
-    rows = _rows(student, teacher.shape[0], labels, teacher_rows, ignore_index)
+    rows = _rows(student.shape, teacher.shape[0], labels, teacher_rows, ignore_index, student.device)
     target = teacher if rows.teacher is None else teacher[rows.teacher]
     objective = _Objective(temperature, kd_weight, label_weight, divergence, scale_t2, reduction)
     return _distill(student, target, rows, objective, need_grad)
@@ -57,7 +57,7 @@ def dkpp(
     need_grad: bool,
 ) -> LossOutput:
     """See `interface.Backend.dkpp`."""
-    rows = _rows(student, teacher.shape[0], labels, teacher_rows, ignore_index)
+    rows = _rows(student.shape, teacher.shape[0], labels, teacher_rows, ignore_index, student.device)
     target = teacher if rows.teacher is None else teacher[rows.teacher]
     objective = _Objective(temperature, kd_weight, label_weight, divergence, scale_t2, reduction)
     return _distill(student, _permuted(target, sample_ids, step, seed), rows, objective, need_grad)
@@ -79,7 +79,7 @@ def cwtm(
     """See `interface.Backend.cwtm`."""
     source = confidence if confidence is not None else teacher
     assert source is not None
-    rows = _rows(student, source.shape[0], labels, teacher_rows, ignore_index)
+    rows = _rows(student.shape, source.shape[0], labels, teacher_rows, ignore_index, student.device)
     assert rows.labels is not None
     source = (source if rows.teacher is None else source[rows.teacher]).to(_acc(student))
     if confidence is None and weight_by == "teacher_label":
@@ -110,7 +110,8 @@ def dkpp_targets(
     temperature: float,
 ) -> Tensor:
     """See `interface.Backend.dkpp_targets`."""
-    rows = _rows(teacher, teacher.shape[0], None, teacher_rows, 0)
+    shape = teacher.shape if teacher_rows is None else torch.Size((teacher_rows.shape[0], teacher.shape[1]))
+    rows = _rows(shape, teacher.shape[0], None, teacher_rows, 0, teacher.device)
     target = teacher if rows.teacher is None else teacher[rows.teacher]
     target = _permuted(target.to(_acc(teacher)), sample_ids, step, seed)
     targets = ((target - target.amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)
@@ -162,17 +163,22 @@ class _Rows(NamedTuple):
 
 
 def _rows(
-    student: Tensor, teacher_rows_count: int, labels: Tensor | None, teacher_rows: Tensor | None, ignore_index: int
+    shape: torch.Size,  # (R, C)
+    teacher_size: int,
+    labels: Tensor | None,
+    teacher_rows: Tensor | None,
+    ignore_index: int,
+    device: torch.device,
 ) -> _Rows:
-    num_rows, num_classes = student.shape
-    kept = torch.ones(num_rows, dtype=torch.bool, device=student.device) if labels is None else labels != ignore_index
+    num_rows, num_classes = shape
+    kept = torch.ones(num_rows, dtype=torch.bool, device=device) if labels is None else labels != ignore_index
     sound = kept
     if labels is not None:
         limit = f"{num_classes} classes (ignore_index is {ignore_index})"
         sound = sound & _in_range(labels, num_classes, kept, "labels", limit)
     if teacher_rows is not None:
-        limit = f"{teacher_rows_count} teacher rows"
-        sound = sound & _in_range(teacher_rows, teacher_rows_count, kept, "teacher_rows", limit)
+        limit = f"{teacher_size} teacher rows"
+        sound = sound & _in_range(teacher_rows, teacher_size, kept, "teacher_rows", limit)
     return _Rows(
         kept,
         sound,

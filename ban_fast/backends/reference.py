@@ -239,7 +239,7 @@ def _count(rows: _Rows, dtype: torch.dtype) -> Tensor:
 
 def _with_gradient(output: LossOutput, gradient: Tensor, bound: Tensor, rows: _Rows, dtype: torch.dtype) -> LossOutput:
     """Store the gradient [R, C] in the student's dtype; `bound` (0-d) is above every |gradient|."""
-    gradient = torch.where(rows.sound.unsqueeze(1), gradient, 0)
+    gradient = torch.where(rows.sound.unsqueeze(1), gradient, 0).contiguous()
     if dtype != torch.float16:
         return output._replace(grad=gradient.to(dtype))
     # Built from their bits, powers of two are exact on every device: with bound < 2^(e - 126), e its biased exponent,

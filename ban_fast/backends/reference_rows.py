@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.005}
-"""|u| below which expm1(u) - u comes from its series: the terms left out are under u^4 / 360 of it (3e-7 and 2e-12), and
-above it the subtraction loses less than that."""
+"""|u| below which expm1(u) - u comes from its series: the terms left out are under u^4 / 360 of it (3e-7, 2e-12), and
+above it the subtraction loses no more than that."""
 LSE_ABOVE = 20.0
 """|d| above which a row takes log-sum-exp: expm1(d) swamps what the other classes have to say."""
 LSE_BELOW_MASS = 0.25

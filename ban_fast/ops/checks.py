@@ -11,7 +11,7 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64}
 DIVERGENCES = ("kl", "ce")
 REDUCTIONS = ("mean", "sum", "none")
 WEIGHTS_BY = ("teacher_max", "teacher_label")
-_INT64 = range(-(1 << 63), 1 << 63)
+_INT64_END = 1 << 63
 
 
 def check_temperature(value: float) -> None:
@@ -34,7 +34,7 @@ def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
 
 def check_int(name: str, value: int) -> None:
     """An integer of 64 bits."""
-    if not isinstance(value, int) or value not in _INT64:
+    if not isinstance(value, int) or not -_INT64_END <= value < _INT64_END:
         raise ValueError(f"{name}: {value!r} is not a 64-bit integer")
 
 

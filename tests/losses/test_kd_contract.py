@@ -41,6 +41,7 @@ def test_strided_inputs_are_read_where_they_lie(backend: str) -> None:
         before = s.clone(), t.clone()
         result = loss_and_gradient(s, t, labels.repeat_interleave(3)[::3], backend=backend, **BOTH)
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)  # sums may be in another order
+        assert result[1].is_contiguous()
         assert torch.equal(s, before[0])
         assert torch.equal(t, before[1])
 

@@ -188,14 +188,19 @@ def _rows(
 
 
 def _in_range(index: Tensor, size: int, kept: Tensor, name: str, limit: str) -> Tensor:
-    """[R] whether each index may be used; on the CPU a row that is kept and may not is a ValueError."""
+    """[R] whether each index may be used."""
     fits = (index >= 0) & (index < size)
     if index.device.type == "cpu":
-        wrong = (kept & ~fits).nonzero()
-        if wrong.numel():
-            row = int(wrong[0])
-            raise ValueError(f"{name}: {int(index[row])} in row {row} is out of range for {limit}")
+        _refuse(index, kept & ~fits, name, limit)
     return fits
+
+
+def _refuse(index: Tensor, wrong: Tensor, name: str, limit: str) -> None:
+    """ValueError for the first row that is kept and out of range."""
+    rows = wrong.nonzero()
+    if rows.numel():
+        row = int(rows[0])
+        raise ValueError(f"{name}: {int(index[row])} in row {row} is out of range for {limit}")
 
 
 def _distill(student: Tensor, target: Tensor, rows: _Rows, objective: _Objective, need_grad: bool) -> LossOutput:

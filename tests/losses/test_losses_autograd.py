@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.losses import cwtm_loss, dkpp_loss, kd_loss
+from ban_fast.losses import cwtm_loss, dkpp_loss, dkpp_targets, kd_loss
 
 LABELS = torch.arange(6) % 5
 Loss = Callable[..., Tensor]
@@ -134,3 +134,15 @@ def test_grad_output_of_every_row(backend: str) -> None:
     plain = truth.gradient(kd_loss(student, teacher, reduction="none", backend=backend).sum(), student)
     torch.testing.assert_close(grad, plain * weights[..., None])
     assert truth.gradient(kd_loss(student, teacher, reduction="none", backend=backend).sum() * 0, student).any() == 0
+
+
+def test_outputs_follow_the_inputs_and_not_the_default_device(backend: str, loss_function: Loss) -> None:
+    student, teacher = logits()
+    expected = loss_function(student, teacher, LABELS, backend=backend)
+    with torch.device("meta"):
+        loss = loss_function(student, teacher, LABELS, backend=backend)
+        grad = truth.gradient(loss, student)
+        targets = dkpp_targets(teacher, backend=backend)
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, truth.gradient(expected, student))
+    assert torch.equal(targets, dkpp_targets(teacher, backend=backend))

@@ -84,6 +84,7 @@ class _Lineage:
         self.evaluator = Evaluator(task.evaluation, task.device, config.seed, should_stop)
         self.results: dict[str, Any] = empty_results() if store is None else store.results
         self.networks: dict[int, nn.Module] = {}
+        self.trained: set[int] = set()  # ids of the parameters of `networks` that were trained
         self.test_logits: dict[int, Tensor] = {}
 
     def grow(self) -> Results:
@@ -97,7 +98,7 @@ class _Lineage:
 
     def _raise_generation(self, number: int) -> None:
         seed = generation_seed(self.config.seed, number)
-        network = self._fresh_network(number, seed)
+        network = self._fresh_network(seed)
         teacher = self._teacher(number)
         files = None if self.store is None else self.store.generation(number)
         generation = Generation(
@@ -153,15 +154,14 @@ class _Lineage:
                 self.test_logits[member] = self.evaluator.logits(self._network(member), TEST)
         return self.evaluator.ensembles(members, [self.test_logits[member] for member in members])
 
-    def _fresh_network(self, number: int, seed: int) -> nn.Module:
+    def _fresh_network(self, seed: int) -> nn.Module:
         network = self.task.network(seed)
-        for other in self.networks.values():
-            theirs = {id(parameter) for parameter in other.parameters()}
-            if network is other or any(id(p) in theirs for p in network.parameters() if p.requires_grad):
-                raise UserError(
-                    "model= returned parameters that it returned before: it must build a new network each time, "
-                    "or the student would overwrite its teacher"
-                )
+        if any(id(parameter) in self.trained for parameter in network.parameters()):
+            raise UserError(
+                "model= returned parameters that it returned before: it must build a new network each time, or the "
+                "student would overwrite its teacher"
+            )
+        self.trained |= {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
         return network
 
     def _teacher(self, number: int) -> LiveTeacher | None:
@@ -174,7 +174,7 @@ class _Lineage:
         """A finished generation's network, in hand or read from its file."""
         if number not in self.networks:
             assert self.store is not None
-            network = self.task.network(generation_seed(self.config.seed, number))
+            network = self._fresh_network(generation_seed(self.config.seed, number))
             self.store.load_network(number, network)
             self.networks[number] = network.eval().requires_grad_(False)
         return self.networks[number]

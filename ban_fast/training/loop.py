@@ -140,6 +140,7 @@ class Generation:
             self.files.journal.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
         self.meter.reset()
+        self._unsaved = True
         self.observer.epoch_finished(self.number, record)
         if self._is_due():
             self.save()

@@ -61,20 +61,24 @@ class RunStore:
     def create(self, config: Config, environment: dict[str, Any]) -> None:
         """Make the directory and put down what the run is. config.json comes last: with it, the run exists."""
         made = _make_directories(self.path)
+        self._lock()
+        self.refuse_existing()
         try:
-            self._lock()
-            self.refuse_existing()
             self._remove(_TEMPORARIES + _GENERATIONS)  # without a config.json they are no run's
             write_json(self.path / ENVIRONMENT, environment)
             write_json(self.path / CONFIG, config.to_dict())
         except UserError:
-            if made:
-                with contextlib.suppress(OSError):
-                    (self.path / ENVIRONMENT).unlink(missing_ok=True)
-                    for directory in reversed(made):
-                        directory.rmdir()
+            self._unmake(made)
             raise
         self.environment = environment
+
+    def _unmake(self, made: list[Path]) -> None:
+        """Nothing half-begun stays, as far as the disk still obeys."""
+        with contextlib.suppress(OSError):
+            for name in (CONFIG, ENVIRONMENT):
+                (self.path / name).unlink(missing_ok=True)
+            for directory in reversed(made):
+                directory.rmdir()
 
     def reopen(self, config: Config) -> None:
         """Take up the run that is here. UserError if there is none, or if `config` is of another."""

@@ -101,6 +101,8 @@ def make_task(
     with isolated(device, seed=0):
         network = _placed(factory(), device, config.channels_last)
         width = _output_width(network, shape, device)
+    if trainable_parameters(network) == 0:
+        raise UserError("the network has no parameter that requires a gradient: nothing to train")
     if (width != classes) if exact else (width < classes):
         raise UserError(f"the network's output has {width} classes, the data have {classes}")
     if train is not None:
@@ -256,8 +258,6 @@ def _factory(config: ModelConfig, classes: int, shape: tuple[int, ...]) -> Model
 def _placed(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UserError(f"model= must return a torch.nn.Module, got {type(network).__name__}")
-    if trainable_parameters(network) == 0:
-        raise UserError("the network has no parameter that requires a gradient: nothing to train")
     if channels_last:
         return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
     return network.to(device)

@@ -19,14 +19,6 @@ IN_STUDENT = STEPS + EPOCHS + 2 + 7
 """A question in generation 1: after the teacher's steps and evaluations, two starts, an epoch and two steps more."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def uninterrupted(settings: Config, path: Path, **arguments: Any) -> dict[str, Any]:
     run(settings, out=path, **arguments)
     return footprint(path)

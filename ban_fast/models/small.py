@@ -13,7 +13,7 @@ class ConvNet(nn.Module):
     """Three 3x3 convolutions of `width`, 2 and 4 times `width` channels with BN and ReLU, 2x2 max pooling between them.
 
     [B, in_channels, H, W], H and W at least 4, -> logits [B, num_classes]. Meant for 8x8 to 32x32 images: on the
-    1,797 handwritten digits, convnet-24 (53,362 parameters) ends near 1 % test error.
+    handwritten digits convnet-24 (53,362 parameters) ends between 0.3 and 2 % test error by seed, after 30 epochs.
     """
 
     def __init__(self, width: int, *, num_classes: int = 100, in_channels: int = 3) -> None:

@@ -3,8 +3,9 @@
 // A function here is a template over F: float, double, or a vector of them (cpu/vec.h). Beside the operators, F needs
 //   madd(a, b, c)          a * b + c, rounded once where kFused says so
 //   select(mask, a, b)     mask ? a : b, for what F's comparisons return
+//   larger(a, b)           the larger of a number and a limit b; NaN where a is NaN
 //   magnitude(x)           |x|
-//   power_of_two(shifted)  2^n from the low bits of n + ExpConstants::magic
+//   bits_of(x), from_bits  its bits as unsigned integers, and back
 // Everything sits in a namespace named after the instruction set that this file is compiled for: inline functions of one set
 // must never be merged by the linker with those of another.
 #pragma once
@@ -44,27 +45,42 @@ BAN_FAST_HD double madd(double a, double b, double c) { return kFused ? __builti
 BAN_FAST_HD float magnitude(float x) { return __builtin_fabsf(x); }
 BAN_FAST_HD double magnitude(double x) { return __builtin_fabs(x); }
 
+BAN_FAST_HD float larger(float a, float b) { return a < b ? b : a; }
+BAN_FAST_HD double larger(double a, double b) { return a < b ? b : a; }
+
 template <class T>
 BAN_FAST_HD T select(bool mask, T a, T b) {
   return mask ? a : b;
 }
 
-BAN_FAST_HD float power_of_two(float shifted) {
+BAN_FAST_HD std::uint32_t bits_of(float x) {
   std::uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+BAN_FAST_HD std::uint64_t bits_of(double x) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+BAN_FAST_HD float from_bits(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+BAN_FAST_HD double from_bits(std::uint64_t bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
-BAN_FAST_HD double power_of_two(double shifted) {
-  std::uint64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 52;
-  double power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power;
+template <class F>
+using BitsOf = decltype(bits_of(F{}));
+
+// 2^n from the sum n + ExpConstants::magic, whose low bits are the exponent's.
+template <class F>
+BAN_FAST_HD F power_of_two(F shifted) {
+  return from_bits(bits_of(shifted) << (sizeof(Scalar<F>) == sizeof(float) ? 23 : 52));
 }
 
 // c0 + c1 x + c2 x^2 + ... by Horner's rule.
@@ -114,6 +130,7 @@ BAN_FAST_HD F exp_tail(F r) {
 // A divisor of logits. Dividing is multiplying by 1 / T held in two parts: within 0.51 ulp, at a tenth of a division's price.
 template <class T>
 struct Temperature {
+  static constexpr bool kUnit = false;
   T value, inverse_hi, inverse_lo;
   T log2e;  // log2(e) / T
   T floor;  // x / T below ExpConstants::floor
@@ -121,43 +138,55 @@ struct Temperature {
   explicit Temperature(double t)
       : value(T(t)),
         inverse_hi(T(1.0 / t)),
-        inverse_lo(T(sizeof(T) == sizeof(float) ? 1.0 / t - double(inverse_hi) : std::fma(-double(inverse_hi), t, 1.0) / t)),
+        inverse_lo(T(std::fma(-double(inverse_hi), t, 1.0) / t)),
         log2e(T(double(ExpConstants<T>::log2e) / t)),
         floor(T(ExpConstants<T>::floor * t)) {}
 };
 
+// Temperature 1, the usual one, at the price of nothing.
+template <class T>
+struct UnitTemperature {
+  static constexpr bool kUnit = true;
+  static constexpr T floor = ExpConstants<T>::floor;
+};
+
 // x / T. Not for infinite x.
-template <class F>
-BAN_FAST_HD F divide(F x, const Temperature<Scalar<F>>& t) {
-  if constexpr (kFused) {
+template <class F, class Divisor>
+BAN_FAST_HD F divide(F x, const Divisor& t) {
+  if constexpr (Divisor::kUnit) {
+    return x;
+  } else if constexpr (kFused) {
     return madd(x, F(t.inverse_hi), x * F(t.inverse_lo));
   } else {
     return x / F(t.value);
   }
 }
 
-// exp(x / T) for x <= 0, -inf included: within 1 ulp, 0 where x / T < ExpConstants::floor. NaN stays NaN.
-template <class F>
-BAN_FAST_HD F exp_quotient(F x, const Temperature<Scalar<F>>& t) {
+// exp(x / T) for x <= 0: within 1 ulp, but where x / T < ExpConstants::floor it is the floor's (2.5e-38 in fp32). NaN stays NaN.
+template <class F, class Divisor>
+BAN_FAST_HD F exp_above_floor(F x, const Divisor& t) {
   using K = ExpConstants<Scalar<F>>;
-  const auto vanishes = x < F(t.floor);
-  const F y = select(vanishes, F(t.floor), x);
+  const F y = larger(x, F(t.floor));
   F shifted, n, r;
-  if constexpr (kFused) {
+  if constexpr (Divisor::kUnit || !kFused) {
+    const F quotient = divide(y, t);
+    shifted = madd(quotient, F(K::log2e), F(K::magic));
+    n = shifted - F(K::magic);
+    r = madd(n, F(-K::ln2_hi), quotient);
+  } else {
     // x / T is never rounded: its product is inside the fma that takes n ln(2) away.
     shifted = madd(y, F(t.log2e), F(K::magic));
     n = shifted - F(K::magic);
-    r = madd(y, F(t.inverse_hi), n * F(-K::ln2_hi));
-    r = madd(y, F(t.inverse_lo), r);
-  } else {
-    const F quotient = y / F(t.value);
-    shifted = madd(quotient, F(K::log2e), F(K::magic));
-    n = shifted - F(K::magic);
-    r = quotient + n * F(-K::ln2_hi);
+    r = madd(y, F(t.inverse_lo), madd(y, F(t.inverse_hi), n * F(-K::ln2_hi)));
   }
   r = madd(n, F(-K::ln2_lo), r);
-  const F exp_r = madd(r, madd(r, exp_tail(r), F(Scalar<F>(1))), F(Scalar<F>(1)));
-  return select(vanishes, F(Scalar<F>(0)), exp_r * power_of_two(shifted));
+  return madd(r, madd(r, exp_tail(r), F(Scalar<F>(1))), F(Scalar<F>(1))) * power_of_two(shifted);
+}
+
+// The same, but 0 below the floor, -inf included.
+template <class F, class Divisor>
+BAN_FAST_HD F exp_quotient(F x, const Divisor& t) {
+  return select(x < F(t.floor), F(Scalar<F>(0)), exp_above_floor(x, t));
 }
 
 // exp(x) - 1 for |x| <= 80, relative to its own size within 2 ulp. Beyond: any value.
@@ -183,5 +212,30 @@ BAN_FAST_HD F expm1_minus_argument(F u) {
                         1.0 / 3628800);
   }
 }
+
+// log(1 + x) for finite x > -1 in double, within 2 ulp; NaN stays NaN.
+template <class F>
+BAN_FAST_HD F log1p(F x) {
+  static_assert(sizeof(Scalar<F>) == sizeof(double));
+  using U = BitsOf<F>;
+  constexpr std::uint64_t kSqrtHalf = 0x3fe6a09e667f3bcdu, kOne = 0x3ff0000000000000u, kMantissa = 0x000fffffffffffffu;
+  // 1 + x = 2^k m with m in [sqrt(1/2), sqrt(2)); f = m - 1 takes back what rounding 1 + x lost.
+  const F sum = F(1.0) + x;
+  const U bits = bits_of(sum) + U(kOne - kSqrtHalf);
+  const U biased_k = bits >> 52;
+  const F m = from_bits((bits & U(kMantissa)) + U(kSqrtHalf));
+  const F k = from_bits(biased_k | U(0x4330000000000000u)) - F(0x1p52 + 1023.0);
+  const F down = from_bits((U(2046u) - biased_k) << 52);
+  const F f = (m - F(1.0)) + (x - (sum - F(1.0))) * down;
+  // log(1 + f) = 2 atanh(s), minimax within 1.3e-18.
+  const F s = f / (F(2.0) + f), z = s * s;
+  const F tail = poly(z, 0x1.5555555555593p-1, 0x1.999999997fb2dp-2, 0x1.2492494217d33p-2, 0x1.c71c51e7d57c2p-3,
+                      0x1.74664632b5cadp-3, 0x1.39a0f46fefbffp-3, 0x1.2f0d940c74023p-3);
+  const F log_m = madd(s * z, tail, s + s);
+  return madd(k, F(ExpConstants<double>::ln2_hi), madd(k, F(ExpConstants<double>::ln2_lo), log_m));
+}
+
+// log(x) for finite x >= 1.
+BAN_FAST_HD double log_of_sum(double x) { return log1p(x - 1.0); }
 
 }  // namespace ban_fast::BAN_FAST_ISA

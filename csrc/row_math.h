@@ -30,25 +30,29 @@ BAN_FAST_HD Difference<F> exact_difference(F z, F t) {
 }
 
 // d_i = ((z_i - t_i) - (z_r - t_r)) / T, the division last.
-template <class F>
-BAN_FAST_HD F relative_difference(Difference<F> i, Difference<F> r, const Temperature<Scalar<F>>& temperature) {
+template <class F, class Divisor>
+BAN_FAST_HD F relative_difference(Difference<F> i, Difference<F> r, const Divisor& temperature) {
   return divide((i.s - r.s) + (i.e - r.e), temperature);
 }
 
 // What a near row's elements need of its sums S = sum e^((t_i - t_r) / T) and A = sum e^((t_i - t_r) / T) (e^(d_i) - 1):
 // D = log1p(A / S), exp(-D) = S / (S + A), expm1(-D) = -A / (S + A).
-template <class T>
+template <class F>
 struct NearRow {
-  T log_mass, exp_neg, expm1_neg;
-
-  NearRow(double s, double a)
-      : log_mass(T(std::log1p(a / s))), exp_neg(T(s / (s + a))), expm1_neg(T(-a / (s + a))) {}
+  F log_mass, exp_neg, expm1_neg;
 };
+
+// F: double, or a vector of it for several rows.
+template <class F>
+BAN_FAST_HD NearRow<F> near_row(F s, F a) {
+  const F inverse = F(1.0) / (s + a);
+  return {log1p(a / s), s * inverse, F(0.0) - a * inverse};
+}
 
 // Whether the difference form holds for a row (false for NaN); otherwise it goes by log-sum-exp. Below kNearMass A's rounding
 // weighs more than the cancellation that the form avoids.
 BAN_FAST_HD bool is_near(double largest_d, double s, double a) {
-  return largest_d <= kNearLimit && a / s >= kNearMass - 1.0;
+  return largest_d <= kNearLimit && a >= (kNearMass - 1.0) * s;
 }
 
 // log(q_i / p_i) and q_i / p_i - 1.
@@ -69,12 +73,20 @@ BAN_FAST_HD F divergence_term(Ratio<F> ratio) {
   return select(magnitude(u) < F(Scalar<F>(kSeriesLimit)), expm1_minus_argument(u), ratio.minus_one - u);
 }
 
+// The same term by log-sum-exp: p (w - u), with q - p for ratio.minus_one. Never negative, and q where p vanished.
+template <class F>
+BAN_FAST_HD F far_term(F q, F p, Ratio<F> ratio) {
+  const F u = ratio.log, zero = F(Scalar<F>(0));
+  const F term = select(magnitude(u) < F(Scalar<F>(kSeriesLimit)), p * expm1_minus_argument(u), ratio.minus_one - p * u);
+  return select(p == zero, q, select(term < zero, zero, term));
+}
+
 // ---- The label term --------------------------------------------------------------------------------------------
 
 // Cross-entropy with label y from R = sum over i != y of exp(z_i - m), e_y = exp(z_y - m), m = max z: no 1 - q_y, so exact
 // where the label is nearly certain. d/dz_i = exp(z_i - m) / (R + e_y), and -R / (R + e_y) for y.
 BAN_FAST_HD double label_loss(double rest, double exp_y, double max_minus_y) {
-  return max_minus_y == 0.0 ? std::log1p(rest) : std::log(rest + exp_y) + max_minus_y;
+  return max_minus_y == 0.0 ? log1p(rest) : log_of_sum(rest + exp_y) + max_minus_y;
 }
 
 // ---- DKPP's permutation: 32-bit unsigned arithmetic on U, a word or a vector of words ---------------------------

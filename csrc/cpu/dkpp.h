@@ -116,7 +116,7 @@ class RowPermuter {
 
 // The class that a teacher's row keeps: the lowest index of its largest logit in fp32, whatever T is.
 BAN_FAST_HD std::int64_t kept_class(const float* row, std::int64_t classes) {
-  return first_index(row, classes, row_maximum(row, classes));
+  return row_peak(row, classes).index;
 }
 BAN_FAST_HD std::int64_t kept_class(const double* row, std::int64_t classes) {
   std::int64_t kept = 0;
@@ -134,50 +134,57 @@ BAN_FAST_HD void gather_to(double* to, const double* from, Words index) {
 }
 
 // Calls use(row, target) for the rows [begin, end) that count: the teacher's row with every class but its argmax permuted.
+// Targets last until end_block(), which comes after every at_once() rows at most.
 template <class T>
-struct TargetRows {
-  // Rows are prepared in blocks: swap-or-not needs several to be busy, and its rows are short.
-  static constexpr int kBlock = RowPermuter::kRows;
+class TargetRows {
+ public:
+  static int scratch_rows(std::int64_t classes) { return 2 * at_once(classes); }
 
-  static int scratch_rows(std::int64_t classes) { return classes <= std::int64_t(kFeistelFrom) ? 2 * kBlock : 2; }
-
-  template <class Use>
+  template <class Use, class EndBlock>
   static void visit(const Matrix& teacher, const Selection& selection, const PermutationKey& key,
-                    const ScratchRows<T>& scratch, std::int64_t begin, std::int64_t end, Use use) {
+                    const ScratchRows<T>& scratch, std::int64_t begin, std::int64_t end, Use use, EndBlock end_block) {
     RowPermuter permuter(key, selection.classes);
-    const int at_once = permuter.is_feistel() ? 1 : kBlock;
-    for (std::int64_t base = begin; base < end; base += kBlock) {
-      const int count = int(end - base < kBlock ? end - base : kBlock);
+    const int block = at_once(selection.classes);
+    for (std::int64_t base = begin; base < end; base += kKeys) {
+      const int count = int(end - base < kKeys ? end - base : kKeys);
       if (!permuter.is_identity()) permuter.load_keys(base, count);
-      for (int lane = 0; lane < count; lane += at_once) {
-        const int lanes = count - lane < at_once ? count - lane : at_once;
-        block(permuter, teacher, selection, scratch, base, lane, lanes, use);
+      for (int first = 0; first < count; first += block) {
+        const int lanes = count - first < block ? count - first : block;
+        permute(permuter, teacher, selection, scratch, base, first, lanes, use);
+        end_block();
       }
     }
   }
 
  private:
+  static constexpr int kKeys = RowPermuter::kRows;
+
+  // Swap-or-not wants many rows in flight, and they are short.
+  static int at_once(std::int64_t classes) { return classes <= std::int64_t(kFeistelFrom) ? kKeys : rows_at_once(classes); }
+
   template <class Use>
-  static void block(const RowPermuter& permuter, const Matrix& teacher, const Selection& selection,
-                    const ScratchRows<T>& scratch, std::int64_t base, int first, int lanes, Use& use) {
+  static void permute(const RowPermuter& permuter, const Matrix& teacher, const Selection& selection,
+                      const ScratchRows<T>& scratch, std::int64_t base, int first, int lanes, Use& use) {
     const std::int64_t classes = selection.classes;
-    const T* rows[kBlock];
-    std::int64_t argmax[kBlock];
+    const T* rows[kKeys];
+    std::int64_t argmax[kKeys];
     for (int lane = first; lane < first + lanes; ++lane) {
       const std::int64_t row = base + lane;
       T* buffer = scratch.row(2 * (lane - first));
-      // An ignored row is not read: its targets come from whatever the buffer holds, and nobody looks at them.
-      rows[lane] = selection.ignored(row) ? buffer : fetch_row(teacher, selection.teacher_row(row), classes, buffer);
-      argmax[lane] = selection.ignored(row) ? 0 : kept_class(rows[lane], classes);
+      // An ignored row is not read: its target is of whatever the buffer holds, and not used.
+      const bool ignored = selection.ignored(row);
+      rows[lane] = ignored ? buffer : fetch_row(teacher, selection.teacher_row(row), classes, buffer);
+      argmax[lane] = ignored ? 0 : kept_class(rows[lane], classes);
     }
-    if (permuter.is_identity()) {
-      for (int lane = first; lane < first + lanes; ++lane) use(base + lane, rows[lane]);
-      return;
+    const bool moves = !permuter.is_identity();
+    if (moves) {
+      permuter.sources(first, lanes, argmax, [&](int lane, std::int64_t i, Words index) BAN_FAST_LAMBDA {
+        gather_to(scratch.row(2 * (lane - first) + 1) + i, rows[lane], index);
+      });
     }
-    permuter.sources(first, lanes, argmax, [&](int lane, std::int64_t i, Words index) BAN_FAST_LAMBDA {
-      gather_to(scratch.row(2 * (lane - first) + 1) + i, rows[lane], index);
-    });
-    for (int lane = first; lane < first + lanes; ++lane) use(base + lane, scratch.row(2 * (lane - first) + 1));
+    for (int lane = first; lane < first + lanes; ++lane) {
+      if (!selection.ignored(base + lane)) use(base + lane, moves ? scratch.row(2 * (lane - first) + 1) : rows[lane]);
+    }
   }
 };
 

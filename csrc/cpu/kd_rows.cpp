@@ -12,6 +12,8 @@ struct KDRow {
   const T* t;
   std::int64_t classes, reference;  // reference: where the teacher is largest
   T *exp, *expm1, *difference, *label;
+  double label_scale;
+  Upcoming upcoming;
 };
 
 struct KDSums {
@@ -21,8 +23,8 @@ struct KDSums {
 };
 
 // Fills the row's exp, expm1 and difference. kMasked: elements where both logits are -inf count nothing.
-template <bool kMasked, bool kEntropy, class T>
-BAN_FAST_HD KDSums near_sums(const KDRow<T>& row, const Temperature<T>& temperature) {
+template <bool kMasked, bool kEntropy, class T, class Divisor>
+static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
   const T z_r = row.z[row.reference], t_r = row.t[row.reference];
   const Difference<T> at_r = exact_difference(z_r, t_r);
   const Difference<Vec<T>> reference{Vec<T>(at_r.s), Vec<T>(at_r.e)};
@@ -31,6 +33,7 @@ BAN_FAST_HD KDSums near_sums(const KDRow<T>& row, const Temperature<T>& temperat
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
     Vec<T> z = load_some<tail>(row.z + i, left, z_r), t = load_some<tail>(row.t + i, left, t_r);
+    row.upcoming.prefetch(i * std::int64_t(sizeof(T)));
     [[maybe_unused]] typename Vec<T>::Mask counted;
     if constexpr (tail) counted = first_lanes<T>(left);
     if constexpr (kMasked) {
@@ -46,12 +49,12 @@ BAN_FAST_HD KDSums near_sums(const KDRow<T>& row, const Temperature<T>& temperat
     }
     const Vec<T> d = relative_difference(exact_difference(z, t), reference, temperature);
     const Vec<T> shifted = t - Vec<T>(t_r), e = expm1(d);
-    Vec<T> p = exp_quotient(shifted, temperature);
+    Vec<T> p = exp_above_floor(shifted, temperature);
     if constexpr (kMasked || tail) p = select(counted, p, Vec<T>(T(0)));
     s.add(p);
     a.add_product(p, e);
     if constexpr (kEntropy) h.add_product(p, divide(larger(shifted, Vec<T>(temperature.floor)), temperature));
-    largest_d = larger(largest_d, magnitude(d));
+    largest_d = larger_magnitude(largest_d, d);
     store(row.exp + i, p);
     store(row.expm1 + i, e);
     store(row.difference + i, d);
@@ -65,42 +68,41 @@ BAN_FAST_HD KDSums near_sums(const KDRow<T>& row, const Temperature<T>& temperat
 }
 
 // Writes g, and what the label adds to it.
-template <bool kTail, class T, class To>
-BAN_FAST_HD void put(To* gradient, const KDRow<T>& row, std::int64_t i, Vec<T> g, bool with_label, Vec<T> label_scale) {
-  if (with_label) g = madd(load(row.label + i), label_scale, g);
+template <bool kTail, bool kLabel, class T, class To>
+BAN_FAST_HD void put(To* gradient, const KDRow<T>& row, std::int64_t i, Vec<T> g, Vec<T> label_scale) {
+  if constexpr (kLabel) g = madd(load(row.label + i), label_scale, g);
   write_some<kTail>(gradient + i, g, row.classes - i);
 }
 
 // KL by the difference form, and the gradient, unless To is NoGradient.
 template <bool kLabel, class T, class To>
-static double near_row(const KDRow<T>& row, const KDSums& sums, double kd_scale, double label_scale, To* gradient) {
-  const NearRow<T> near(sums.s, sums.a);
+static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near, double kd_scale, To* gradient) {
+  const double inverse = 1.0 / s;
   const Vec<T> log_mass(near.log_mass), exp_neg(near.exp_neg), expm1_neg(near.expm1_neg);
-  const Vec<T> scale(T(kd_scale / sums.s)), label(static_cast<T>(label_scale));
+  const Vec<T> scale(T(kd_scale * inverse)), label(static_cast<T>(row.label_scale));
   LaneSum<T> divergence;
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const Vec<T> p = load(row.exp + i);
     const auto ratio = near_ratio(load(row.difference + i), load(row.expm1 + i), log_mass, exp_neg, expm1_neg);
     divergence.add_product(p, divergence_term(ratio));
     if constexpr (!std::is_same_v<To, NoGradient>) {
-      put<tail>(gradient, row, i, p * (ratio.minus_one * scale), kLabel, label);
+      put<tail, kLabel>(gradient, row, i, p * (ratio.minus_one * scale), label);
     }
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
-  return divergence.value() / sums.s;
+  return divergence.value() * inverse;
 }
 
 // KL by log-sum-exp, and the gradient: where student and teacher are far apart, or one of them alone is -inf.
-template <bool kLabel, class T, class To>
-static double far_row(const KDRow<T>& row, const Temperature<T>& temperature, double kd_scale, double label_scale,
-                      To* gradient) {
+template <bool kLabel, class T, class Divisor, class To>
+static double far_gradient(const KDRow<T> row, const Divisor temperature, double kd_scale, To* gradient) {
   const Vec<T> lowest(-kInfinity<T>), zero(T(0));
-  const T z_max = row_maximum(row.z, row.classes), t_max = row.t[row.reference];
+  const Vec<T> z_max(row_maximum(row.z, row.classes)), t_max(row.t[row.reference]);
   LaneSum<T> q_sum, p_sum;
   const auto sum_body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
     const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>), t = load_some<tail>(row.t + i, left, -kInfinity<T>);
-    const Vec<T> q = exp_quotient(z - Vec<T>(z_max), temperature), p = exp_quotient(t - Vec<T>(t_max), temperature);
+    const Vec<T> q = exp_quotient(z - z_max, temperature), p = exp_quotient(t - t_max, temperature);
     q_sum.add(q);
     p_sum.add(p);
     store(row.expm1 + i, q);
@@ -112,116 +114,156 @@ static double far_row(const KDRow<T>& row, const Temperature<T>& temperature, do
   });
 
   const double s_q = q_sum.value(), s_p = p_sum.value();
-  const Vec<T> q_scale(T(1 / s_q)), p_scale(T(1 / s_p)), log_ratio(T(std::log(s_p) - std::log(s_q)));
-  const Vec<T> scale(static_cast<T>(kd_scale)), label(static_cast<T>(label_scale));
+  const Vec<T> q_scale(T(1 / s_q)), p_scale(T(1 / s_p)), log_ratio(T(log_of_sum(s_p) - log_of_sum(s_q)));
+  const Vec<T> scale(static_cast<T>(kd_scale)), label(static_cast<T>(row.label_scale));
   LaneSum<T> divergence;
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
     const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>), t = load_some<tail>(row.t + i, left, -kInfinity<T>);
-    const Vec<T> q = load(row.expm1 + i) * q_scale, p = load(row.exp + i) * p_scale, w = q - p;
-    const Vec<T> apart = (z - Vec<T>(z_max)) - (t - Vec<T>(t_max));
-    const Vec<T> u = select(z == lowest, lowest, divide(apart, temperature) + log_ratio);
-    Vec<T> term = select(magnitude(u) < Vec<T>(T(kSeriesLimit)), p * expm1_minus_argument(u), w - p * u);
-    term = select(term < zero, zero, term);
-    divergence.add(select(p == zero, q, term));
-    if constexpr (!std::is_same_v<To, NoGradient>) put<tail>(gradient, row, i, w * scale, kLabel, label);
+    const Vec<T> q = load(row.expm1 + i) * q_scale, p = load(row.exp + i) * p_scale;
+    const Vec<T> apart = divide((z - z_max) - (t - t_max), temperature);
+    const Ratio<Vec<T>> ratio{select(z == lowest, lowest, apart + log_ratio), q - p};
+    divergence.add(far_term(q, p, ratio));
+    if constexpr (!std::is_same_v<To, NoGradient>) {
+      put<tail, kLabel>(gradient, row, i, ratio.minus_one * scale, label);
+    }
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
   return divergence.value();
 }
 
-template <class T>
+// Takes rows through the stages of the loss, up to kMostRowsAtOnce together.
+template <class T, class Divisor>
 class KDRows {
  public:
-  static constexpr int kScratchRows = 6;
+  static int scratch_rows(std::int64_t classes) { return kBuffers * rows_at_once(classes); }
 
-  KDRows(const KDJob& job, const ScratchRows<T>& scratch)
-      : job_(job), scratch_(scratch), temperature_(job.temperature), one_(1.0) {}
+  KDRows(const KDJob& job, const ScratchRows<T>& scratch, const Divisor& temperature, std::int64_t end)
+      : job_(job), scratch_(scratch), temperature_(temperature), most_(rows_at_once(job.selection.classes)), end_(end) {}
 
-  // t: the teacher's row, permuted for DKPP.
-  void visit(std::int64_t i, const T* t) const {
-    const std::int64_t classes = job_.selection.classes;
-    KDRow<T> row;
-    row.z = fetch_row(job_.student, i, classes, scratch_.row(0));
-    row.t = t;
+  // Row i, which counts, against `target`, or the teacher's row where that is null. Done at once or by flush().
+  void add(std::int64_t i, const T* target) {
+    const Selection& selection = job_.selection;
+    const std::int64_t classes = selection.classes, next = i + 1 < end_ && !selection.ignored(i + 1) ? i + 1 : i;
+    const int buffers = kBuffers * count_;
+    KDRow<T>& row = rows_[count_];
+    numbers_[count_++] = i;
+    row.z = fetch_row(job_.student, i, classes, scratch_.row(buffers));
+    row.t = target != nullptr ? target
+                              : fetch_row(job_.teacher, selection.teacher_row(i), classes, scratch_.row(buffers + 1));
     row.classes = classes;
-    row.reference = first_index(t, classes, row_maximum(t, classes));
-    row.exp = scratch_.row(2);
-    row.expm1 = scratch_.row(3);
-    row.difference = scratch_.row(4);
-    row.label = scratch_.row(5);
-
-    double label_scale = 0.0;
-    if (job_.label_values != nullptr) {
-      const LabelRow label = label_row(row.z, classes, job_.selection.labels[i], one_, row.label);
-      job_.label_values[i] = label.loss;
-      label_scale = job_.label_scale / label.total;
-    }
-    with_gradient_row<T>(job_.gradient, i, classes, [&](auto* gradient) BAN_FAST_LAMBDA {
-      job_.kd_values[i] = distil(row, label_scale, gradient);
-    });
+    row.reference = row_peak(row.t, classes).index;
+    row.exp = scratch_.row(buffers + 2);
+    row.expm1 = scratch_.row(buffers + 3);
+    row.difference = scratch_.row(buffers + 4);
+    row.label = scratch_.row(buffers + 5);
+    row.upcoming = Upcoming(job_.student, next, job_.teacher, selection.teacher_row(next));
+    if (count_ == most_) flush();
   }
 
-  const T* teacher(std::int64_t i) const {
-    return fetch_row(job_.teacher, job_.selection.teacher_row(i), job_.selection.classes, scratch_.row(1));
+  void flush() {
+    if (job_.label_values != nullptr) {
+      for (int k = 0; k < count_; ++k) {
+        const LabelRow label = label_row(rows_[k].z, rows_[k].classes, job_.selection.labels[numbers_[k]], rows_[k].label);
+        job_.label_values[numbers_[k]] = label.loss;
+        rows_[k].label_scale = job_.label_scale / label.total;
+      }
+    }
+    KDSums sums[kMostRowsAtOnce];
+    double s[kMostRowsAtOnce] = {}, a[kMostRowsAtOnce] = {};
+    for (int k = 0; k < count_; ++k) {
+      sums[k] = row_sums<false>(rows_[k]);
+      if (std::isnan(sums[k].a)) sums[k] = row_sums<true>(rows_[k]);
+      s[k] = sums[k].s;
+      a[k] = sums[k].a;
+    }
+    const NearRow<Vec<double>> near = near_row(load(s), load(a));
+    double log_mass[kMostRowsAtOnce], exp_neg[kMostRowsAtOnce], expm1_neg[kMostRowsAtOnce];
+    store(log_mass, near.log_mass);
+    store(exp_neg, near.exp_neg);
+    store(expm1_neg, near.expm1_neg);
+    for (int k = 0; k < count_; ++k) {
+      const NearRow<T> scalars{T(log_mass[k]), T(exp_neg[k]), T(expm1_neg[k])};
+      with_gradient_row<T>(job_.gradient, numbers_[k], job_.selection.classes, [&](auto* gradient) BAN_FAST_LAMBDA {
+        const double divergence = distil(rows_[k], sums[k], scalars, gradient);
+        job_.kd_values[numbers_[k]] =
+            job_.entropy ? divergence + sums[k].h / sums[k].s + log_of_sum(sums[k].s) : divergence;
+      });
+    }
+    count_ = 0;
   }
 
  private:
+  static constexpr int kBuffers = 6;
+
+  template <bool kMasked>
+  KDSums row_sums(const KDRow<T>& row) const {
+    return job_.entropy ? near_sums<kMasked, true>(row, temperature_) : near_sums<kMasked, false>(row, temperature_);
+  }
+
   template <class To>
-  double distil(const KDRow<T>& row, double label_scale, To* gradient) const {
-    const bool with_label = job_.label_values != nullptr && job_.label_scale != 0;
+  double distil(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
     if constexpr (!std::is_same_v<To, NoGradient>) {
+      const bool with_label = job_.label_values != nullptr && job_.label_scale != 0;
       if (job_.kd_scale == 0) {
         // A term without weight is left out: 0 times its NaN would be NaN.
         write_row<T>(gradient, row.classes, [&](std::int64_t i) BAN_FAST_LAMBDA {
-          return with_label ? load(row.label + i) * Vec<T>(T(label_scale)) : Vec<T>(T(0));
+          return with_label ? load(row.label + i) * Vec<T>(T(row.label_scale)) : Vec<T>(T(0));
         });
-        return value<false>(row, 0.0, static_cast<NoGradient*>(nullptr));
+        return divergence<false>(row, sums, scalars, static_cast<NoGradient*>(nullptr));
       }
+      if (with_label) return divergence<true>(row, sums, scalars, gradient);
     }
-    return with_label ? value<true>(row, label_scale, gradient) : value<false>(row, 0.0, gradient);
+    return divergence<false>(row, sums, scalars, gradient);
   }
 
   template <bool kLabel, class To>
-  double value(const KDRow<T>& row, double label_scale, To* gradient) const {
-    KDSums sums = this->sums<false>(row);
-    if (std::isnan(sums.a)) sums = this->sums<true>(row);
-    const double divergence = is_near(sums.largest_d, sums.s, sums.a)
-                                  ? near_row<kLabel>(row, sums, job_.kd_scale, label_scale, gradient)
-                                  : far_row<kLabel>(row, temperature_, job_.kd_scale, label_scale, gradient);
-    return job_.entropy ? divergence + sums.h / sums.s + std::log(sums.s) : divergence;
-  }
-
-  template <bool kMasked>
-  KDSums sums(const KDRow<T>& row) const {
-    return job_.entropy ? near_sums<kMasked, true>(row, temperature_) : near_sums<kMasked, false>(row, temperature_);
+  double divergence(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
+    return is_near(sums.largest_d, sums.s, sums.a)
+               ? near_gradient<kLabel>(row, sums.s, scalars, job_.kd_scale, gradient)
+               : far_gradient<kLabel>(row, temperature_, job_.kd_scale, gradient);
   }
 
   const KDJob& job_;
   const ScratchRows<T>& scratch_;
-  Temperature<T> temperature_, one_;
+  const Divisor temperature_;
+  const int most_;
+  const std::int64_t end_;
+  int count_ = 0;
+  KDRow<T> rows_[kMostRowsAtOnce];
+  std::int64_t numbers_[kMostRowsAtOnce];
 };
+
+template <class T, class Divisor>
+void kd_rows_with(const KDJob& job, const Divisor& temperature, std::int64_t begin, std::int64_t end) {
+  const Selection& selection = job.selection;
+  const int own = KDRows<T, Divisor>::scratch_rows(selection.classes);
+  const int permuted = job.key == nullptr ? 0 : TargetRows<T>::scratch_rows(selection.classes);
+  const ScratchRows<T> scratch(selection.classes, own + permuted);
+  KDRows<T, Divisor> rows(job, scratch, temperature, end);
+  for (std::int64_t i = begin; i < end; ++i) {
+    if (!selection.ignored(i)) {
+      if (job.key == nullptr) rows.add(i, nullptr);
+      continue;
+    }
+    job.kd_values[i] = 0.0;
+    if (job.label_values != nullptr) job.label_values[i] = 0.0;
+    clear_row(job.gradient, i, selection.classes);
+  }
+  if (job.key != nullptr) {
+    TargetRows<T>::visit(
+        job.teacher, selection, *job.key, scratch.after(own), begin, end,
+        [&](std::int64_t i, const T* target) { rows.add(i, target); }, [&] { rows.flush(); });
+  }
+  rows.flush();
+}
 
 template <class T>
 void kd_rows_as(const KDJob& job, std::int64_t begin, std::int64_t end) {
-  const Selection& selection = job.selection;
-  const int permuted = job.key == nullptr ? 0 : TargetRows<T>::scratch_rows(selection.classes);
-  const ScratchRows<T> scratch(selection.classes, KDRows<T>::kScratchRows + permuted);
-  const KDRows<T> rows(job, scratch);
-  const auto visit = [&](std::int64_t i, auto target) {
-    if (selection.ignored(i)) {
-      job.kd_values[i] = 0.0;
-      if (job.label_values != nullptr) job.label_values[i] = 0.0;
-      clear_row(job.gradient, i, selection.classes);
-    } else {
-      rows.visit(i, target());
-    }
-  };
-  if (job.key == nullptr) {
-    for (std::int64_t i = begin; i < end; ++i) visit(i, [&] { return rows.teacher(i); });
+  if (job.temperature == 1.0) {
+    kd_rows_with<T>(job, UnitTemperature<T>{}, begin, end);
   } else {
-    TargetRows<T>::visit(job.teacher, selection, *job.key, scratch.after(KDRows<T>::kScratchRows), begin, end,
-                         [&](std::int64_t i, const T* target) { visit(i, [&] { return target; }); });
+    kd_rows_with<T>(job, Temperature<T>(job.temperature), begin, end);
   }
 }
 

@@ -9,7 +9,7 @@ void confidence_rows_as(const ConfidenceJob& job, std::int64_t begin, std::int64
   const Selection& selection = job.selection;
   const std::int64_t classes = selection.classes;
   const ScratchRows<T> scratch(classes, 1);
-  const Temperature<T> one(1.0);
+  constexpr UnitTemperature<T> one;
   for (std::int64_t row = begin; row < end; ++row) {
     if (selection.ignored(row)) {
       job.log_confidence[row] = -kInfinity<double>;
@@ -25,7 +25,7 @@ void confidence_rows_as(const ConfidenceJob& job, std::int64_t begin, std::int64
         },
         [&]() BAN_FAST_LAMBDA { sum.end_block(); });
     const double of_label = job.by_label ? double(t[selection.labels[row]]) - double(largest) : 0.0;
-    job.log_confidence[row] = of_label - std::log(sum.value());
+    job.log_confidence[row] = of_label - log_of_sum(sum.value());
   }
 }
 
@@ -34,7 +34,6 @@ void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std
   const Selection& selection = job.selection;
   const std::int64_t classes = selection.classes;
   const ScratchRows<T> scratch(classes, 2);
-  const Temperature<T> one(1.0);
   for (std::int64_t row = begin; row < end; ++row) {
     if (selection.ignored(row)) {
       job.values[row] = 0.0;
@@ -43,7 +42,7 @@ void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std
     }
     const T* z = fetch_row(job.student, row, classes, scratch.row(0));
     T* exp = scratch.row(1);
-    const LabelRow label = label_row(z, classes, selection.labels[row], one, exp);
+    const LabelRow label = label_row(z, classes, selection.labels[row], exp);
     job.values[row] = label.loss;
     const Vec<T> scale(T(job.weights[row] * job.scale / label.total));
     with_gradient_row<T>(job.gradient, row, classes, [&]<class To>(To* gradient) BAN_FAST_LAMBDA {

@@ -12,8 +12,10 @@
 namespace ban_fast {
 namespace {
 
-// Below this many elements waking a thread costs more than it saves; a thread's piece of work is about as large.
+// Below this many elements waking a thread costs more than it saves.
 constexpr std::int64_t kPiece = 1 << 14;
+// Pieces a thread, so that one that is held up elsewhere does not keep the others waiting.
+constexpr std::int64_t kPieces = 8;
 
 template <class Job>
 void run(void (*kernel)(const Job&, std::int64_t, std::int64_t), const Job& job, std::int64_t rows, std::int64_t classes,
@@ -22,7 +24,8 @@ void run(void (*kernel)(const Job&, std::int64_t, std::int64_t), const Job& job,
     void (*kernel)(const Job&, std::int64_t, std::int64_t);
     const Job& job;
   } context{kernel, job};
-  const std::int64_t chunk = std::max<std::int64_t>(1, kPiece / std::max<std::int64_t>(1, classes));
+  const std::int64_t least = kPiece / std::max<std::int64_t>(1, classes);
+  const std::int64_t chunk = std::max<std::int64_t>({1, least, rows / (kPieces * std::max(1, threads))});
   parallel_for(
       rows, chunk, threads,
       [](void* opaque, std::int64_t begin, std::int64_t end) {

@@ -16,21 +16,55 @@ namespace ban_fast::BAN_FAST_ISA {
 template <class T>
 inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// Scratch rows of one thread, each padded to whole vectors and by some cache lines more, so that rows of 2^n classes do not
-// all fall on the same lines of the cache.
+// How many rows a kernel takes through its stages side by side: one short row alone would mostly wait for its own sums.
+inline constexpr int kMostRowsAtOnce = 8;
+BAN_FAST_HD int rows_at_once(std::int64_t classes) {
+  constexpr std::int64_t kElements = 1024;  // a few buffers of so many stay in the first-level cache
+  const std::int64_t rows = kElements / ((classes + 15) / 16 * 16);
+  return rows < 1 ? 1 : rows > kMostRowsAtOnce ? kMostRowsAtOnce : int(rows);
+}
+
+// Scratch rows of one thread, each padded to whole vectors, and long ones by some cache lines more, so that rows of 2^n classes
+// do not all fall on the same lines of the cache.
 template <class T>
 struct ScratchRows {
   std::int64_t pitch;
   T* first;
 
   ScratchRows(std::int64_t classes, int rows)
-      : pitch((classes + 15) / 16 * 16 + std::int64_t(5 * 64 / sizeof(T))),
+      : pitch((classes + 15) / 16 * 16 + (classes < 1024 ? 0 : std::int64_t(5 * 64 / sizeof(T)))),
         first(static_cast<T*>(thread_scratch(std::size_t(pitch) * std::size_t(rows) * sizeof(T)))) {}
   __attribute__((always_inline)) T* row(int i) const { return first + i * pitch; }
   ScratchRows after(int rows) const { return ScratchRows(pitch, row(rows)); }
 
  private:
   ScratchRows(std::int64_t pitch_, T* first_) : pitch(pitch_), first(first_) {}
+};
+
+BAN_FAST_HD std::int64_t element_size(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// The rows of both matrices that come next: work on this one hides the way of their lines from memory to the cache.
+class Upcoming {
+ public:
+  Upcoming() = default;
+  __attribute__((always_inline)) Upcoming(const Matrix& student, std::int64_t row, const Matrix& teacher, std::int64_t teacher_row)
+      : student_(start(student, row)), teacher_(start(teacher, teacher_row)) {}
+
+  // The line `offset` bytes from the rows' beginnings.
+  __attribute__((always_inline)) void prefetch(std::int64_t offset) const {
+    BAN_FAST_ISA::prefetch(student_ + offset);
+    BAN_FAST_ISA::prefetch(teacher_ + offset);
+  }
+
+ private:
+  static const char* start(const Matrix& matrix, std::int64_t row) {
+    return static_cast<const char*>(matrix.data) + row * matrix.row_stride * element_size(matrix.dtype);
+  }
+
+  const char* student_;
+  const char* teacher_;
 };
 
 // A sum of many terms: lanes add up a block of vectors in T, blocks go on in double, so that no fp32 sum has many terms.
@@ -57,11 +91,12 @@ BAN_FAST_HD void for_vectors(std::int64_t begin, std::int64_t end, Body body, En
   constexpr std::int64_t lanes = Vec<T>::lanes;
   const std::int64_t whole = begin + (end - begin) / lanes * lanes;
   std::int64_t i = begin;
-  while (i < whole) {
-    const std::int64_t stop = whole - i > kBlockVectors * lanes ? i + kBlockVectors * lanes : whole;
+  while (whole - i > kBlockVectors * lanes) {
+    const std::int64_t stop = i + kBlockVectors * lanes;
     for (; i < stop; i += lanes) body(i, std::false_type{});
-    if (i < whole) end_block();
+    end_block();
   }
+  for (; i < whole; i += lanes) body(i, std::false_type{});
   if (whole < end) body(whole, std::true_type{});
   end_block();
 }
@@ -83,18 +118,42 @@ BAN_FAST_HD T row_maximum(const T* row, std::int64_t classes) {
   return largest_lane(largest);
 }
 
-// The lowest index of `value` in the row; 0 where it is not there (a row of NaN).
 template <class T>
-BAN_FAST_HD std::int64_t first_index(const T* row, std::int64_t classes, T value) {
+struct Peak {
+  T value;
+  std::int64_t index;
+};
+
+// The row's largest value and its lowest index (0 in a row of NaN).
+template <class T>
+BAN_FAST_HD Peak<T> row_peak(const T* row, std::int64_t classes) {
   constexpr std::int64_t lanes = Vec<T>::lanes;
-  std::int64_t i = 0;
-  for (; i + lanes <= classes; i += lanes) {
-    if (any(load(row + i) == Vec<T>(value))) break;
+  Peak<T> peak{-kInfinity<T>, 0};
+  Vec<T> block(-kInfinity<T>);
+  std::int64_t block_begin = 0, peak_block = 0;
+  for_vectors<T>(
+      0, classes,
+      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+        block = larger(block, load_some<tail>(row + i, classes - i, -kInfinity<T>));
+      },
+      [&]() BAN_FAST_LAMBDA {
+        if (any(Vec<T>(peak.value) < block)) {
+          peak.value = largest_lane(block);
+          peak_block = block_begin;
+        }
+        block_begin += kBlockVectors * lanes;
+        block = Vec<T>(-kInfinity<T>);
+      });
+  for (std::int64_t i = peak_block; i < classes; i += lanes) {
+    const bool whole = i + lanes <= classes;
+    const Vec<T> x = whole ? load(row + i) : load_first(row + i, int(classes - i), -kInfinity<T>);
+    const int lane = first_set(x == Vec<T>(peak.value));
+    if (lane < lanes && i + lane < classes) {
+      peak.index = i + lane;
+      break;
+    }
   }
-  for (; i < classes; ++i) {
-    if (row[i] == value) return i;
-  }
-  return 0;
+  return peak;
 }
 
 // ---- The label term --------------------------------------------------------------------------------------------
@@ -105,8 +164,9 @@ struct LabelRow {
 };
 
 template <class T>
-BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Temperature<T>& one, T* exp) {
+BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, T* exp) {
   constexpr std::int64_t lanes = Vec<T>::lanes;
+  constexpr UnitTemperature<T> one;
   const T largest = row_maximum(z, classes);
   LaneSum<T> rest;
   const auto body = [&](std::int64_t i, std::int64_t count, auto whole) BAN_FAST_LAMBDA {
@@ -147,10 +207,6 @@ BAN_FAST_HD void write_row(To* row, std::int64_t classes, Value value) {
   for_vectors<T>(
       0, classes,
       [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA { write_some<tail>(row + i, value(i), classes - i); }, []() BAN_FAST_LAMBDA {});
-}
-
-BAN_FAST_HD std::int64_t element_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
 BAN_FAST_HD void clear_row(const Gradient& gradient, std::int64_t row, std::int64_t classes) {

@@ -114,8 +114,10 @@ BAN_FAST_HD Vec<T> magnitude(Vec<T> x) {
   return bits_as<T>(bits_as<IntOf<T>>(x) & Vec<IntOf<T>>(std::numeric_limits<IntOf<T>>::max()));
 }
 
-BAN_FAST_HD Vec<float> power_of_two(Vec<float> shifted) { return bits_as<float>(bits_as<std::int32_t>(shifted) << 23); }
-BAN_FAST_HD Vec<double> power_of_two(Vec<double> shifted) { return bits_as<double>(bits_as<std::int64_t>(shifted) << 52); }
+BAN_FAST_HD Vec<std::uint32_t> bits_of(Vec<float> x) { return bits_as<std::uint32_t>(x); }
+BAN_FAST_HD Vec<std::uint64_t> bits_of(Vec<double> x) { return bits_as<std::uint64_t>(x); }
+BAN_FAST_HD Vec<float> from_bits(Vec<std::uint32_t> bits) { return bits_as<float>(bits); }
+BAN_FAST_HD Vec<double> from_bits(Vec<std::uint64_t> bits) { return bits_as<double>(bits); }
 
 #if defined(__AVX512F__)
 BAN_FAST_HD __m512 part_madd(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
@@ -139,27 +141,42 @@ BAN_FAST_HD Vec<T> madd(Vec<T> a, Vec<T> b, Vec<T> c) {
   return a;
 }
 
-// The larger of two; b where a is NaN, and a where b is.
+// The larger of two; a where either is NaN.
 template <class T>
 BAN_FAST_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    a.part[0] = _mm512_max_ps(b.part[0], a.part[0]);
-  } else {
-    a.part[0] = _mm512_max_pd(b.part[0], a.part[0]);
-  }
-  return a;
-#elif defined(__AVX2__)
   BAN_FAST_EACH_PART {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      a.part[p] = _mm512_max_ps(b.part[p], a.part[p]);
+    } else {
+      a.part[p] = _mm512_max_pd(b.part[p], a.part[p]);
+    }
+#elif defined(__AVX2__)
     if constexpr (sizeof(T) == 4) {
       a.part[p] = _mm256_max_ps(b.part[p], a.part[p]);
     } else {
       a.part[p] = _mm256_max_pd(b.part[p], a.part[p]);
     }
+#else
+    a.part[p] = a.part[p] < b.part[p] ? b.part[p] : a.part[p];
+#endif
+  }
+  return a;
+}
+
+// The larger of a and |x|; a where x is NaN. a >= 0.
+template <class T>
+BAN_FAST_HD Vec<T> larger_magnitude(Vec<T> a, Vec<T> x) {
+#if defined(__AVX512DQ__)
+  constexpr int kLargerMagnitudeUnsigned = 0x0b;
+  if constexpr (sizeof(T) == 4) {
+    a.part[0] = _mm512_range_ps(a.part[0], x.part[0], kLargerMagnitudeUnsigned);
+  } else {
+    a.part[0] = _mm512_range_pd(a.part[0], x.part[0], kLargerMagnitudeUnsigned);
   }
   return a;
 #else
-  return select(a < b, b, a);
+  return larger(a, magnitude(x));
 #endif
 }
 
@@ -173,6 +190,21 @@ BAN_FAST_HD bool any(Vec<M> mask) {
 #else
   const auto either = (typename Vec<std::int64_t>::Part)((mask.part[0] | mask.part[1]) | (mask.part[2] | mask.part[3]));
   return (either[0] | either[1]) != 0;
+#endif
+}
+
+// The lowest lane whose mask is set; `lanes` or more where none is.
+template <class M>
+BAN_FAST_HD int first_set(Vec<M> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(M) == 4) return __builtin_ctz(unsigned(_mm512_movepi32_mask((__m512i)mask.part[0])) | 0x10000u);
+  return __builtin_ctz(unsigned(_mm512_movepi64_mask((__m512i)mask.part[0])) | 0x100u);
+#else
+  M values[Vec<M>::lanes];
+  std::memcpy(values, &mask, sizeof values);
+  int lane = 0;
+  while (lane < Vec<M>::lanes && values[lane] == 0) ++lane;
+  return lane;
 #endif
 }
 
@@ -198,6 +230,22 @@ template <class T>
 BAN_FAST_HD void store(T* to, Vec<T> x) {
   BAN_FAST_EACH_PART std::memcpy(reinterpret_cast<char*>(to) + p * kPartBytes, &x.part[p], kPartBytes);
 }
+
+// Past the cache: for what is not read again soon and would push out what is. `to` is aligned to a vector's part.
+template <class T>
+BAN_FAST_HD void stream(T* to, Vec<T> x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)x.part[0]);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)x.part[0]);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, (__m256i)x.part[1]);
+#else
+  store(to, x);
+#endif
+}
+
+// Brings a line nearer that will be wanted soon. Any address will do.
+BAN_FAST_HD void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // The first `count` lanes, 1 <= count <= lanes, and `fill` in the others; nothing beyond them is read.
 template <class T>
@@ -244,12 +292,23 @@ BAN_FAST_HD Vec<T> load_some(const T* from, std::int64_t left, T fill) {
 
 template <class T>
 BAN_FAST_HD T largest_lane(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x.part[0]), _mm512_extractf32x8_ps(x.part[0], 1));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_max_ss(four, _mm_movehdup_ps(four))[0];
+  } else {
+    return _mm512_reduce_max_pd(x.part[0]);
+  }
+#else
   T values[Vec<T>::lanes];
   store(values, x);
   for (int half = Vec<T>::lanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) values[lane] = values[lane] < values[lane + half] ? values[lane + half] : values[lane];
+    for (int lane = 0; lane < half; ++lane) values[lane] = larger(values[lane], values[lane + half]);
   }
   return values[0];
+#endif
 }
 
 // Lane l of the result: lanes l and l + 8 of x, added in double.

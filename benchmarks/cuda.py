@@ -1,0 +1,106 @@
+"""What a GPU's clock needs beyond the harness: a warm and a cold L2, CUDA graphs, peak memory.
+
+Written against torch's documentation and compiled nowhere but in the head: no GPU has run it yet.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.harness import Lap, calls_for, one_call
+from benchmarks.inputs import Inputs
+from benchmarks.providers import Step
+
+GRAPHED_BYTES = 2**30
+"""Above this a launch is nothing, and a graph a provider would hold too much memory at once."""
+GRAPHED_CALLS = 50
+"""Calls in one graph at least: an event's tick of 0.5 us and a graph's launch are then nothing beside a 3 us kernel."""
+COLD_L2 = 3
+"""A cold L2: as many sets of inputs in turn as together have this many times its size."""
+
+PLAIN = "plain, L2 cold"
+GRAPH_COLD = "CUDA graph, L2 cold"
+GRAPH_WARM = "CUDA graph, L2 warm"
+
+
+def settings(case: Case) -> list[str]:
+    """The settings that a case is measured in on a GPU."""
+    return [PLAIN, GRAPH_COLD, GRAPH_WARM] if case.bytes <= GRAPHED_BYTES else [PLAIN]
+
+
+def sets_for(case: Case, device: torch.device) -> int:
+    """Sets of inputs that keep L2 cold."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, math.ceil(COLD_L2 * l2 / (2 * case.tensor_bytes)))
+
+
+def plain_lap(step: Step, sets: Sequence[Inputs], seconds: float) -> tuple[Lap, int]:
+    """Calls as a training loop makes them, the host's work included where it is the longer; and how many."""
+    call = one_call(step, sets)
+    calls = max(calls_for(seconds), 10 if seconds < 0.01 else 1)
+
+    def lap() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    return lap, calls
+
+
+def graph_lap(step: Step, sets: Sequence[Inputs]) -> tuple[Lap, int]:
+    """Calls captured in one graph, over the sets in turn, timed by events around its replay; and how many."""
+    call = one_call(step, sets)
+    calls = max(len(sets), GRAPHED_CALLS)
+    _on_side_stream(call, min(len(sets), 3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def lap() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3 / calls
+
+    return lap, calls
+
+
+def synchronized(call: Callable[[], object], times: int = 1) -> Callable[[], None]:
+    """So many calls, waited for."""
+
+    def wait() -> None:
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+
+    return wait
+
+
+def peak_bytes(call: Callable[[], Tensor]) -> float:
+    """The most memory that one call holds beyond what is allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return float(torch.cuda.max_memory_allocated() - before)
+
+
+def _on_side_stream(call: Callable[[], Tensor], times: int) -> None:
+    """Calls before a capture, on a stream of their own, as torch.cuda.graph asks for."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)

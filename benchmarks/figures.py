@@ -1,0 +1,78 @@
+"""Reading a run's results: a time, the best of a kind, a ratio, a share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.cases import Case
+
+Record = dict[str, Any]
+PEERS = ("eager", "compile", "liger")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The records of one run, by case and setting."""
+
+    records: list[Record]
+
+    def find(self, case: Case, setting: str) -> Record | None:
+        for record in self.records:
+            if record["setting"] == setting and case_of(record) == case:
+                return record
+        return None
+
+    def settings(self) -> list[str]:
+        """In the order they were measured in."""
+        return list(dict.fromkeys(record["setting"] for record in self.records))
+
+    def cases(self) -> list[Case]:
+        return list(dict.fromkeys(case_of(record) for record in self.records))
+
+
+def case_of(record: Record) -> Case:
+    return Case(**record["case"])
+
+
+def milliseconds(record: Record, provider: str) -> float | None:
+    """The median of a provider's calls, or None where it has no time."""
+    time = record["providers"].get(provider, {}).get("time")
+    return None if time is None else float(time["ms"])
+
+
+def best(record: Record, kinds: Iterable[str]) -> str | None:
+    """The fastest provider of these kinds."""
+    timed = {
+        name: time
+        for name, entry in record["providers"].items()
+        if entry["kind"] in kinds and (time := milliseconds(record, name)) is not None
+    }
+    return min(timed, key=timed.__getitem__) if timed else None
+
+
+def ours(record: Record) -> float | None:
+    """The time of what backend="auto" comes to."""
+    return milliseconds(record, record["automatic"])
+
+
+def ratio(record: Record | None, kinds: Iterable[str] = PEERS) -> float | None:
+    """How many times as long the fastest of these kinds takes as we do."""
+    if record is None:
+        return None
+    mine, name = ours(record), best(record, kinds)
+    theirs = None if name is None else milliseconds(record, name)
+    return None if mine is None or theirs is None else theirs / mine
+
+
+def gb_s(record: Record, provider: str) -> float | None:
+    """GB/s on the record's byte count, which is every provider's."""
+    ms = milliseconds(record, provider)
+    return None if ms is None else float(record["bytes"]) / ms / 1e6
+
+
+def share(record: Record | None, stream: str, provider: str | None = None) -> float | None:
+    """Our (or a provider's) GB/s over those of a stream of the same run."""
+    if record is None:
+        return None
+    speed = gb_s(record, provider or record["automatic"])
+    return None if speed is None else speed / float(record["streams_gb_s"][stream])

@@ -1,0 +1,116 @@
+"""The clock: providers in turn, round after round, in one process.
+
+A round gives every provider one lap, in a fixed order (A, B, C, A, B, C): whatever the machine does meanwhile happens
+to all of them. A lap is as many calls as last `LAP` seconds, and counts as their mean. The copies whose bandwidth is
+the denominator run as laps among them.
+"""
+
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.gate import gradient
+from benchmarks.inputs import Inputs
+from benchmarks.providers import Step
+
+WARM_UP = 0.2  # seconds a provider, before any lap
+LAP = 0.005  # a clock read is 50 ns and a wake-up of the second thread 10 us
+ROUNDS = (7, 41)
+
+Lap = Callable[[], float]
+"""Runs one lap and returns its seconds a call."""
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One provider's laps, seconds a call, in the order of the rounds."""
+
+    laps: list[float]
+    calls: int
+    """Calls a lap."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """page_faults: a call's; peak_bytes: beyond inputs."""
+
+    def to_dict(self) -> dict[str, Any]:
+        p20, median, p80 = quantiles(self.laps)
+        return {
+            "ms": median * 1e3,
+            "p20_ms": p20 * 1e3,
+            "p80_ms": p80 * 1e3,
+            "rounds": len(self.laps),
+            "calls": self.calls,
+            **self.extra,
+        }
+
+
+def quantiles(laps: Sequence[float]) -> tuple[float, float, float]:
+    """p20, median, p80."""
+    if len(laps) < 2:
+        return laps[0], laps[0], laps[0]
+    cuts = statistics.quantiles(laps, n=10, method="inclusive")
+    return cuts[1], statistics.median(laps), cuts[7]
+
+
+def interleave(laps: Mapping[str, Lap], rounds: int) -> dict[str, list[float]]:
+    """Every lap once a round, in the mapping's order, with the garbage collector at rest."""
+    times: dict[str, list[float]] = {name: [] for name in laps}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, lap in laps.items():
+                times[name].append(lap())
+    finally:
+        gc.enable()
+    return times
+
+
+def rounds_for(round_seconds: float, seconds: float) -> int:
+    """How many rounds of that length fit, within `ROUNDS`."""
+    low, high = ROUNDS
+    return max(low, min(high, math.floor(seconds / round_seconds))) if round_seconds > 0 else high
+
+
+def one_call(step: Step, sets: Sequence[Inputs]) -> Callable[[], Tensor]:
+    """A call from logits to d loss / d logits on the next set of inputs; what it allocates it frees."""
+    following = itertools.cycle(sets)
+    return lambda: gradient(step, next(following))[1]
+
+
+def warm(call: Callable[[], object], clock: Clock = time.perf_counter, least: float = WARM_UP) -> float:
+    """Call it for `least` seconds, twice at least; returns a late call's seconds."""
+    begin = clock()
+    last = math.inf
+    for count in itertools.count(1):
+        start = clock()
+        call()
+        end = clock()
+        last = min(last, end - start) if count > 1 else last
+        if count > 1 and end - begin >= least:
+            return last
+    raise AssertionError("count() ended")
+
+
+def calls_for(seconds: float) -> int:
+    """How many calls of that length make a lap."""
+    return max(1, math.ceil(LAP / seconds)) if seconds > 0 else 1
+
+
+def lap_of(call: Callable[[], object], calls: int, clock: Clock = time.perf_counter) -> Lap:
+    """A lap by the wall clock."""
+
+    def lap() -> float:
+        start = clock()
+        for _ in range(calls):
+            call()
+        return (clock() - start) / calls
+
+    return lap

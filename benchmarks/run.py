@@ -1,0 +1,96 @@
+"""One run of the benchmarks: which cases, until when, what came of them and what was left out."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import cases, machine, stream
+from benchmarks.cases import Case
+from benchmarks.session import OutOfTime, Session
+
+Record = dict[str, Any]
+# A run without --full ends within 15 minutes: no case starts after the first of these, none goes on after the second.
+MINUTES = (10.0, 13.5)
+
+
+def device() -> str:
+    """Where this machine's runs go."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class Run:
+    """Measures cases on demand, each once. A context manager: its end ends the measuring processes."""
+
+    device: str
+    full: bool
+    minutes: tuple[float, float] | None
+    """No case starts after the first, none goes on after the second; None: no limit."""
+    records: list[Record] = field(default_factory=list)
+    out_of_time: list[Case] = field(default_factory=list)
+    _by_case: dict[Case, list[Record]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        now = time.monotonic()
+        self._last_start = None if self.minutes is None else now + 60 * self.minutes[0]
+        self._session = Session(self.device, ends=None if self.minutes is None else now + 60 * self.minutes[1])
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._session.close()
+
+    @property
+    def cases(self) -> list[Case]:
+        """The plan, targets first."""
+        return cases.everything(self.device) if self.full else cases.usual(self.device)
+
+    def autotuned(self, case: Case) -> bool:
+        """Whether max-autotune takes part: little changes by it on a CPU, and it costs minutes on a GPU."""
+        return self.full or (self.device == "cuda" and case in cases.autotuned())
+
+    def settings(self, case: Case) -> list[str]:
+        return self._session.settings(case)
+
+    def measure(self, case: Case) -> list[Record]:
+        """The records of a case, one a setting; OutOfTime where the run's time was over. WorkerFailed."""
+        if case in self.out_of_time:
+            raise OutOfTime
+        if case not in self._by_case:
+            try:
+                if self._last_start is not None and time.monotonic() > self._last_start:
+                    raise OutOfTime
+                self._by_case[case] = self._session.measure(case, autotune=self.autotuned(case))
+            except OutOfTime:
+                self.out_of_time.append(case)
+                raise
+            self.records += self._by_case[case]
+        return self._by_case[case]
+
+    def left_out(self) -> list[str]:
+        """What the machine could have run, and this run did not."""
+        lines = cases.left_out(self.cases, self.device)
+        if not all(self.autotuned(case) for case in self.cases):
+            lines.append(
+                "torch.compile with max-autotune"
+                + (", but for the first of the targets" if self.device == "cuda" else "")
+            )
+        if self.out_of_time:
+            assert self.minutes is not None
+            titles = "; ".join(case.title for case in self.out_of_time)
+            lines.append(f"for want of time (no case starts after {self.minutes[0]:.3g} minutes): {titles}")
+        return lines
+
+    def results(self, described: Record, checks: list[Record]) -> Record:
+        """What a results file holds; `described` is machine.describe at the start."""
+        return {
+            **described,
+            "streams_by": stream.by(torch.device(self.device)),
+            "gpu_state_at_end": machine.gpu_state() if self.device == "cuda" else None,
+            "checks": checks,
+            "left_out": self.left_out(),
+            "records": [{k: v for k, v in record.items() if k != "laps_s"} for record in self.records],
+        }

@@ -1,0 +1,124 @@
+"""What the kernels are held to, judged by a run's figures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks import cuda
+from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape
+from benchmarks.figures import PEERS, Figures, ours, ratio, share
+from benchmarks.session import DEFAULT, TUNED
+
+Quantity = Callable[[Figures], float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One quantity and its bound."""
+
+    what: str
+    quantity: Quantity
+    at_least: float | None = None
+    at_most: float | None = None
+    goal: float | None = None
+    unit: str = "x"
+
+    def met(self, value: float) -> bool:
+        if self.at_least is not None:
+            return value >= self.at_least
+        assert self.at_most is not None
+        return value <= self.at_most
+
+
+def targets(device: str) -> list[Target]:
+    """Those of "cpu" or "cuda"."""
+    return _cpu() if device == "cpu" else _gpu()
+
+
+def _cpu() -> list[Target]:
+    found = []
+    regimes: tuple[Regime, ...] = ("random", "near")
+    for regime in regimes:
+        kd = _case("kd", LARGE, "fp32", regime)
+        for setting, least, goal in ((TUNED, 2.5, 3.5), (DEFAULT, 5.0, 9.0)):
+            found.append(_against(kd, setting, ("compile",), "the best torch.compile", least, goal))
+    for regime in regimes:
+        kd = _case("kd", SMALL, "fp32", regime)
+        found += [_against(kd, each, ("eager",), "the fastest eager form", 1.4, 1.6) for each in (TUNED, DEFAULT)]
+    bounds: tuple[tuple[Objective, float, float | None], ...] = (("cwtm", 3.0, None), ("dkpp", 20.0, 40.0))
+    for objective, at_least, hoped in bounds:
+        case = _case(objective, LARGE, "fp32")
+        found += [_against(case, each, PEERS, "the best other", at_least, hoped) for each in (TUNED, DEFAULT)]
+    found += [_to_kd(_case("dkpp", LARGE, "fp32"), setting, 4.0) for setting in (TUNED, DEFAULT)]
+    return found
+
+
+def _gpu() -> list[Target]:
+    huge, small = _case("kd", HUGE, "bf16"), _case("kd", SMALL, "fp32")
+    confident = _case("cwtm_confidence", HUGE, "bf16")
+    found = [
+        _time(huge, cuda.PLAIN, 1600),
+        _share(huge, cuda.PLAIN, 0.92),
+        _against(huge, cuda.PLAIN, ("compile",), "the best torch.compile", 2.3),
+        _against(huge, cuda.PLAIN, ("liger",), "softmaxes and Liger", 6.0),
+    ]
+    ptb: tuple[tuple[Dtype, float], ...] = (("bf16", 19), ("fp32", 36))
+    for dtype, most in ptb:
+        case = _case("kd", LARGE, dtype)
+        found.append(_time(case, cuda.GRAPH_COLD, most))
+        found.append(_against(case, cuda.GRAPH_COLD, ("compile",), "the best torch.compile", 2.5))
+    found += [
+        _time(small, cuda.GRAPH_WARM, 3),
+        _time(small, cuda.PLAIN, 15),
+        _against(small, cuda.PLAIN, ("eager",), "the fastest eager form", 6.0),
+        _against(small, cuda.PLAIN, ("compile",), "the best torch.compile", 3.0),
+        _share(confident, cuda.PLAIN, 0.90),
+        _to_kd(confident, cuda.PLAIN, 1 / 1.4),
+    ]
+    shapes: tuple[tuple[Shape, float], ...] = (((128, 10), 1.15), (SMALL, 1.15), ((512, 100), 1.15), (LARGE, 2.0))
+    found += [_to_kd(_case("dkpp", shape, "fp32"), cuda.GRAPH_WARM, most) for shape, most in shapes]
+    found.append(_against(_case("dkpp", LARGE, "fp32"), cuda.PLAIN, ("eager",), "eager argsort", 25.0))
+    return found
+
+
+def _against(
+    case: Case, setting: str, kinds: tuple[str, ...], whom: str, least: float, goal: float | None = None
+) -> Target:
+    return Target(
+        what=f"{case.title}, {setting}: against {whom}",
+        quantity=lambda figures: ratio(figures.find(case, setting), kinds),
+        at_least=least,
+        goal=goal,
+    )
+
+
+def _share(case: Case, setting: str, least: float) -> Target:
+    return Target(
+        what=f"{case.title}, {setting}: of the copy's bandwidth",
+        quantity=lambda figures: share(figures.find(case, setting), "copy"),
+        at_least=least,
+        unit="",
+    )
+
+
+def _time(case: Case, setting: str, most_us: float) -> Target:
+    def quantity(figures: Figures) -> float | None:
+        record = figures.find(case, setting)
+        mine = None if record is None else ours(record)
+        return None if mine is None else mine * 1e3
+
+    return Target(what=f"{case.title}, {setting}", quantity=quantity, at_most=most_us, unit=" us")
+
+
+def _to_kd(case: Case, setting: str, most: float) -> Target:
+    kd = Case(objective="kd", rows=case.rows, classes=case.classes, dtype=case.dtype, regime=case.regime)
+
+    def quantity(figures: Figures) -> float | None:
+        one, other = figures.find(case, setting), figures.find(kd, setting)
+        mine, kds = one and ours(one), other and ours(other)
+        return mine / kds if mine and kds else None
+
+    return Target(what=f"{case.title}, {setting}: times our KD", quantity=quantity, at_most=most)
+
+
+def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:
+    return Case(objective=objective, rows=shape[0], classes=shape[1], dtype=dtype, regime=regime)

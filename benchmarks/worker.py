@@ -1,0 +1,41 @@
+"""A process that measures: `python -m benchmarks.worker`, started by session.py once for each allocator's settings.
+
+It reads requests from standard input and answers on standard output, one line of JSON each. Whatever else is printed
+goes to standard error.
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.measure import measure_case
+from benchmarks.providers import automatic, providers
+
+
+def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the case that a request names."""
+    case = Case(**request["case"])
+    device = torch.device(request["device"])
+    candidates = providers(case.objective, case.dtype, request["device"], autotune=request["autotune"])
+    records = measure_case(case, candidates, device, request["settings"], seconds=request["seconds"])
+    return [record | {"automatic": automatic(request["device"])} for record in records]
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            reply: dict[str, Any] = {"records": answer(json.loads(line))}
+        except Exception:
+            reply = {"error": traceback.format_exc()}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import Config
 from ..errors import UserError
 from ..evaluation import RunDirectory
 from ..evaluation.run_directory import MODEL
 from .checkpoint import load_model
 from .evaluator import TEST, Evaluator
+from .run_store import stored_config
 from .seeds import generation_seed, isolated
 from .task import ModelFactory, Samples, make_task, training_device, with_own
 
@@ -38,7 +38,7 @@ def evaluate_run(
     UserError: not a run directory, nothing finished in it, members that it has not, damaged files, missing data.
     """
     directory = RunDirectory(path)
-    config = Config.from_dict(directory.config())
+    config = stored_config(directory)
     if data_dir is not None:
         config.data.directory = data_dir
     results = directory.results()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import UserError
+from .compiled import check_compiler, compiled
 from .environment import device_name, differences, environment
 from .evaluator import TEST, Evaluator
 from .loop import Generation, objective_name, total_steps
@@ -63,6 +64,8 @@ def run(
         stack.enter_context(isolated(device))
         stack.enter_context(_tuned_convolutions())
         task = make_task(config, device, model=model, train=train, test=test, validation=validation)
+        if config.compile:
+            check_compiler(device)
         if store is not None:
             _begin(store, config, task, resume, observer)
         return _Lineage(config, task, store, observer, should_stop).grow()
@@ -168,7 +171,7 @@ class _Lineage:
         if not needs_teacher(objective_name(self.config, number)):
             return None
         network = self._network(number - 1)
-        return LiveTeacher(network, torch.compile(network) if self.config.compile else None)
+        return LiveTeacher(network, compiled(network) if self.config.compile else None)
 
     def _network(self, number: int) -> nn.Module:
         """A finished generation's network, in hand or read from its file."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import Config, ObjectiveConfig
 from ..data import Batch
 from ..errors import UserError
+from .compiled import compiled
 from .evaluator import Evaluator
 from .metrics import Meter
 from .objectives import make_objective
@@ -58,7 +59,7 @@ class Generation:
         self.objective = make_objective(objective, derived_seed(seed, "dkpp"))
         self.optimizer = make_optimizer(config.optimizer, network.parameters())
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(network) if config.compile else network
+        self.forward: Callable[[Tensor], Tensor] = compiled(network) if config.compile else network
         self.meter = Meter(self.device)
 
         self.step = 0  # optimizer steps made

@@ -24,8 +24,18 @@ from .metrics import Journal
 
 # What may differ between a run and its continuation: nothing that is computed depends on it.
 _FREE = {"data.directory", "checkpoint_seconds"}
+_STATE_FORMAT = 1  # of state.pt; another one is another configuration's checkpoint
 _GENERATIONS = [RESULTS, *(f"generation-*/{name}" for name in (STATE, METRICS, MODEL))]
 _TEMPORARIES = [name + TEMPORARY for name in (CONFIG, ENVIRONMENT, *_GENERATIONS)]
+
+
+def stored_config(directory: RunDirectory) -> Config:
+    """The configuration of a run. UserError, naming the file, where it is none."""
+    values = directory.config()
+    try:
+        return Config.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{directory.path / CONFIG}: {error}") from error
 
 
 def empty_results() -> dict[str, Any]:
@@ -86,7 +96,7 @@ class RunStore:
             raise UserError(f"nothing to resume in {self.path}: there is no {CONFIG}; start without --resume")
         self._lock()
         directory = RunDirectory(self.path)
-        stored = Config.from_dict(directory.config())
+        stored = stored_config(directory)
         for field, old, new in _differences(stored.to_dict(), config.to_dict()):
             if field not in _FREE:
                 raise OptionError(field, f"is {new!r} here, but {old!r} in the run in {self.path}; use another --out")
@@ -108,7 +118,7 @@ class RunStore:
                     "resume with the same data and network, or use another --out"
                 )
         values = {name: value for name, value in _leaves(config.to_dict()) if name not in _FREE}
-        text = json.dumps([values, shape, structure], sort_keys=True)
+        text = json.dumps([_STATE_FORMAT, values, shape, structure], sort_keys=True)
         self._identity = hashlib.sha256(text.encode()).hexdigest()
 
     def generation(self, number: int) -> "GenerationFiles":

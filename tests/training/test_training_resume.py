@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was not, to the last bit; and nothing is done twice."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ban_fast.config import Config
 from ban_fast.errors import OptionError, UserError
+from ban_fast.evaluation import RunDirectory
 from ban_fast.training import Interrupted, run
+from ban_fast.training.run_store import RunStore
 
 IN_STUDENT = STEPS + EPOCHS + 2 + 7
 """A question in generation 1: after the teacher's steps and evaluations, two starts, an epoch and two steps more."""
@@ -335,6 +338,31 @@ def test_a_directory_in_use(tmp_path: Path) -> None:
     assert intruder.said
     assert not list(tmp_path.rglob("*lock*"))
     run(config(generations=0), out=tmp_path, resume=True, **own())
+
+
+def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
+    """As a DataLoader's worker would, for the seconds that it outlives a killed run."""
+    run(config(generations=0), out=tmp_path, **own())
+    reading, writing = os.pipe()
+    with RunStore(tmp_path) as store:
+        store.reopen(Config.from_dict(RunDirectory(tmp_path).config()))
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)  # until the parent closes its end
+            os._exit(0)
+    try:
+        run(config(generations=0), out=tmp_path, resume=True, **own())
+    finally:
+        os.close(writing)
+        os.close(reading)
+        os.waitpid(child, 0)
+
+
+def test_a_config_of_another_time_is_named(begun: Path) -> None:
+    (begun / "config.json").write_text('{"format": 1, "epoks": 3}')
+    with pytest.raises(UserError, match=r"config\.json: unknown configuration key 'epoks'; did you mean 'epochs'"):
+        resume(begun)
 
 
 def test_a_directory_without_config_counts_as_empty(begun: Path, tmp_path: Path) -> None:

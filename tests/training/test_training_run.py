@@ -617,6 +617,19 @@ def test_networks_that_need_the_image_size() -> None:
     assert len(run(settings).models) == 1
 
 
+def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no working C++ compiler\nand much more")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=broken))
+    with pytest.raises(OptionError, match=r"torch\.compile failed .*no working C\+\+ compiler") as caught:
+        run(config(compile=True), out=tmp_path / "run", **own())
+    assert caught.value.field == "compile"
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_compiled_networks(tmp_path: Path) -> None:
     """Forward of student and teacher through torch.compile; files and figures are the plain module's."""

@@ -25,7 +25,7 @@ def _told(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         try:
             return function(x)
         except BackendCompilerFailed as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = str(error.inner_exception).strip().split("\n")[0]
             raise OptionError("compile", f"torch.compile failed ({reason}); leave it out") from error
 
     return call

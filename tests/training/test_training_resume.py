@@ -344,18 +344,21 @@ def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
     """As a DataLoader's worker would, for the seconds that it outlives a killed run."""
     run(config(generations=0), out=tmp_path, **own())
     reading, writing = os.pipe()
+    told, tell = os.pipe()
     with RunStore(tmp_path) as store:
         store.reopen(Config.from_dict(RunDirectory(tmp_path).config()))
         child = os.fork()
         if child == 0:
+            os.write(tell, b"!")
             os.close(writing)
             os.read(reading, 1)  # until the parent closes its end
             os._exit(0)
     try:
+        assert os.read(told, 1)
         run(config(generations=0), out=tmp_path, resume=True, **own())
     finally:
-        os.close(writing)
-        os.close(reading)
+        for end in (reading, writing, told, tell):
+            os.close(end)
         os.waitpid(child, 0)
 
 

@@ -193,3 +193,16 @@ def test_terms(backend: str) -> None:
     assert terms["kd"] == 0
     assert torch.equal(terms["label"], loss.detach())
     assert not terms["label"].requires_grad
+
+
+def test_an_infinite_term_without_weight_is_left_out(backend: str) -> None:
+    student, _, labels = case(4)
+    with torch.no_grad():
+        student[1, labels[1]] = -torch.inf
+    confidence = torch.tensor([0.5, 0.0, 1.0, 0.25])
+    loss = cwtm_loss(student, None, labels, confidence=confidence, backend=backend)
+    kept = [0, 2, 3]
+    torch.testing.assert_close(
+        loss, cwtm_loss(student[kept], None, labels[kept], confidence=confidence[kept], backend=backend)
+    )
+    assert not truth.gradient(loss, student)[1].any()

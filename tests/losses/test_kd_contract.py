@@ -181,6 +181,16 @@ def test_near_rows_with_a_far_improbable_class_are_not_negative(backend: str) ->
     assert (textbook < 0).any()
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_probabilities_too_small_for_their_digits_are_not_negative(backend: str, far: bool) -> None:
+    """Where p is a denormal of a few bits, q - p - p log(q / p) is made of roundings."""
+    small = torch.linspace(-104, -86, 4000)
+    teacher = torch.stack([torch.zeros(4000), small, torch.full((4000,), -150.0)], dim=1)
+    for change in (-0.3, 0.2, 0.5):
+        student = teacher + torch.tensor([0.0, change, 40.0 if far else 0.0])
+        assert (kd_loss(student, teacher, reduction="none", backend=backend) >= 0).all()
+
+
 def masked(*which: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(8)
     student, teacher = torch.randn(6, 8), torch.randn(6, 8)
@@ -192,12 +202,14 @@ def masked(*which: str) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
+@pytest.mark.parametrize("divergence", ["kl", "ce"])
 @pytest.mark.parametrize("temperature", [1.0, 3.5])
-def test_minus_infinity_in_both_or_in_the_teacher_alone(backend: str, temperature: float) -> None:
+def test_minus_infinity_in_both_or_in_the_teacher_alone(backend: str, temperature: float, divergence: str) -> None:
     student, teacher = masked("both", "teacher", "both", "none", "teacher", "both")
     student.requires_grad_()
-    loss = kd_loss(student, teacher, temperature=temperature, backend=backend)
-    expected = truth.kd(student, teacher, temperature=temperature)
+    options = {"temperature": temperature, "divergence": divergence}
+    loss = kd_loss(student, teacher, backend=backend, **options)
+    expected = truth.kd(student, teacher, **options)
     assert truth.relative_error(loss, expected) < 1e-5
     expected_grad = truth.gradient(expected, student).nan_to_num(0)  # autograd has 0 * inf at both-dead classes
     assert truth.relative_error(truth.gradient(loss, student), expected_grad) < 1e-5

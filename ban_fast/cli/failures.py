@@ -61,8 +61,10 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
 
 
 def _named(error: UserError, request: Request | None) -> str:
-    """The message; where it came from models or data and names no option, the one that chose the network or data."""
+    """The message, with a remedy for the disk's own, and the option that chose the network or data if they complain."""
     text, frame = str(error), _last_frame(error)
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in _REMEDIES and ";" not in text:
+        return f"{text}; {_REMEDIES[error.__cause__.errno]}"
     if request is None or frame is None or "--" in text:
         return text
     field = {"models": "model.name", "data": "data.name"}.get(frame[0].parts[0])

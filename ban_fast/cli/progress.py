@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from ..config import Config
@@ -56,7 +56,7 @@ class Narrator(Observer):
         self.config, self.plan = config, plan
         self.say(
             f"{config.model.name}, {plan.parameters:,} parameters, on {plan.device}: "
-            f"{plan.generations} generations of {plan.steps:,} steps"
+            f"{plan.generations} generation{'s' * (plan.generations > 1)} of {plan.steps:,} steps"
         )
 
     def generation_started(self, generation: int, objective: str, total_steps: int, done_steps: int) -> None:
@@ -89,15 +89,19 @@ class Lines(Narrator):
     def __init__(self, signals: Signals, again: str) -> None:
         super().__init__(signals, again)
         self._last = time.monotonic()
-        self._since, self._from = self._last, 0
+        self._since: float | None = None
+        self._from = 0
 
     def generation_started(self, generation: int, objective: str, total_steps: int, done_steps: int) -> None:
         super().generation_started(generation, objective, total_steps, done_steps)
-        self._since, self._from = time.monotonic(), done_steps
+        self._since = None
 
     def step(self, generation: int, done_steps: int) -> None:
         super().step(generation, done_steps)
         now = time.monotonic()
+        if self._since is None:  # the rate counts from the first step's end: it may have compiled
+            self._since, self._from = now, done_steps
+            return
         if now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last = now
@@ -122,10 +126,7 @@ class Bar(Narrator):
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.percentage:3.0f} %"),
-            _ImagesPerSecond(self),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            _Rest(self),
             console=console,
             transient=True,
             refresh_per_second=4,  # more costs training on two cores
@@ -167,13 +168,18 @@ class Bar(Narrator):
         )
 
 
-class _ImagesPerSecond(ProgressColumn):
+class _Rest(ProgressColumn):
+    """Share done, images a second over the last half minute, and the time left; nothing before training begins."""
+
     def __init__(self, narrator: Narrator) -> None:
         super().__init__()
         self._narrator = narrator
 
     def render(self, task: Task) -> Text:
-        """The rate of the last seconds, in training images."""
-        if task.speed is None:
+        if task.total is None:
             return Text("")
-        return Text(f"{task.speed * self._narrator.config.batch_size:,.0f} images/s", style="progress.data.speed")
+        done = f"{task.percentage:3.0f} %"
+        if task.speed is None or task.time_remaining is None:
+            return Text(done)
+        rate = task.speed * self._narrator.config.batch_size
+        return Text(f"{done}  {rate:8,.0f} images/s  {describe.duration(task.time_remaining):>8} left")

@@ -12,6 +12,6 @@ def demo() -> Config:
         objective=ObjectiveConfig(name="ban"),
         optimizer=OptimizerConfig(lr=0.1, schedule="cosine"),
         generations=3,
-        epochs=40,
+        epochs=60,
         batch_size=64,
     )

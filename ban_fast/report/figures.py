@@ -26,7 +26,7 @@ def error_by_generation(config: Record, results: Record) -> Figure:
     axes.axhline(singles[0], color=style.GREY, linewidth=0.8, linestyle=(0, (4, 3)))
     spread = [describe.standard_error(r) for r in generations]
     axes.errorbar(
-        list(singles), list(singles.values()), spread, fmt="none", ecolor=style.SILVER, elinewidth=1.6, capsize=3
+        list(singles), list(singles.values()), spread, fmt="none", ecolor=style.SILVER, elinewidth=1.2, capsize=3
     )
     line: dict[str, Any] = {"linewidth": 1.6, "markersize": 6.5}
     names = "one network (grey: ±1 standard error)", "ensemble of BAN-1 up to here"
@@ -113,7 +113,9 @@ def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequen
             known = [(x, y) for x, y in points if y is not None]
             axes.plot([x for x, _ in known], [y for _, y in known], **look)
     for axes in (left, middle):
-        axes.set_ylim(bottom=0)
+        # The first tenth is steep: with it in view, what tells generations apart at the end would be a line's width.
+        later = [y for line in axes.lines for x, y in line.get_xydata() if x > longest // 10]
+        axes.set_ylim(0, 1.1 * max(later, default=0) or None)
     if any(y > 0 for line in right.lines for y in line.get_ydata()):
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,9 +1,9 @@
 """Whatever a user gets wrong is one line that names it and the remedy, status 2, and no file is touched."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,19 +160,16 @@ def test_every_flag_of_train_is_in_its_help(call: Call, monkeypatch: pytest.Monk
 
 
 def test_help_waits_for_no_torch() -> None:
-    """Measured: 0.1 s. Half a second is the promise."""
+    """Half a second is the promise; it takes 0.1 s. Of the processor: a clock would count what else the machine does."""
     command = [sys.executable, "-X", "importtime", "-m", "ban_fast", "train", "--help"]
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "| typer" in imported or "typer\n" in imported
-    assert not [
-        line for line in imported.splitlines() if line.split("|")[-1].strip() in ("torch", "numpy", "matplotlib")
-    ]
-    took = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        subprocess.run(command[:1] + command[3:], capture_output=True, check=True)
-        took.append(time.perf_counter() - begin)
-    assert min(took) < 0.5
+    modules = {line.split("|")[-1].strip() for line in imported.splitlines()}
+    assert "typer" in modules
+    assert not modules & {"torch", "numpy", "matplotlib"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "ban_fast", "train", "--help"], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_info(call: Call) -> None:

@@ -160,7 +160,7 @@ def test_every_flag_of_train_is_in_its_help(call: Call, monkeypatch: pytest.Monk
 
 
 def test_help_waits_for_no_torch() -> None:
-    """Half a second is the promise, of the processor: a clock would count what else the machine does. It takes 0.1 s."""
+    """Half a second (it takes 0.1), of the processor: a clock would count what else the machine does."""
     command = [sys.executable, "-X", "importtime", "-m", "ban_fast", "train", "--help"]
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     modules = {line.split("|")[-1].strip() for line in imported.splitlines()}

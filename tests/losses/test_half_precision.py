@@ -98,6 +98,15 @@ def test_no_weight_overflows_the_stored_gradient(backend: str, weights: tuple[fl
     assert torch.equal(value[~finite], expected[~finite])
 
 
+def test_a_gradient_near_the_end_of_fp32_keeps_its_sign_and_digits(backend: str) -> None:
+    """No power of two of fp32's reaches from 1e-37 to fp16's range; the largest one that does not leave fp32 serves."""
+    student, teacher, labels = case(torch.float16)
+    options = {"kd_weight": 1e-37, "reduction": "sum", "backend": backend}
+    value = gradient(student, torch.tensor(1e37), kd_loss, teacher, labels, **options)
+    exact = gradient(student.double(), torch.tensor(1e37).double(), kd_loss, teacher.double(), labels, **options)
+    assert (value.double() - exact).norm() < 1e-2 * exact.norm()
+
+
 def test_grad_scaler_trains(backend: str) -> None:
     """torch's GradScaler, end to end: scaled loss, unscaled gradients, as in fp32."""
     torch.manual_seed(1)

@@ -91,6 +91,10 @@ CWTM_CALLS: list[tuple[dict[str, Any], str]] = [
         {"confidence": torch.ones(2), "teacher_rows": Y + 2, "teacher_logits": None},
         "teacher_rows: 2 in row 0 is out of range for 2 teacher rows",
     ),
+    (
+        {"confidence": torch.ones(2), "teacher_rows": Y.int(), "teacher_logits": None},
+        "teacher_rows: a torch.int32 tensor ",
+    ),
     ({"normalizer": 2.0}, "normalizer: 2.0 is not a tensor"),
     ({"normalizer": torch.ones(1)}, r"normalizer: a torch.float32 tensor of shape \[1\]"),
     ({"normalizer": torch.tensor(2)}, "normalizer: a torch.int64 tensor"),

@@ -1,6 +1,7 @@
 """A network's outputs for the images that are not trained on, and their figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,24 @@ from .seeds import derived_seed, isolated
 TEST, VALIDATION = "test", "validation"
 
 
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, and on a GPU no TF32, which torch lets convolutions use unless told otherwise."""
+    cudnn: Any = torch.backends.cudnn
+    handles = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul] if device.type == "cuda" else []
+    before = [handle.fp32_precision for handle in handles]
+    try:
+        for handle in handles:
+            handle.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for handle, precision in zip(handles, before, strict=True):
+            handle.fp32_precision = precision
+
+
 class Evaluator:
-    """Runs networks over the evaluation images: eval mode, without autocast, in their own precision, in fixed order."""
+    """Runs networks over the evaluation images: in eval mode, full precision and fixed order."""
 
     def __init__(
         self, loaders: dict[str, Loader], device: torch.device, run_seed: int, should_stop: Callable[[], bool]
@@ -44,7 +61,7 @@ class Evaluator:
         outputs, labels = [], []
         # Seeded, so that even a user's shuffling DataLoader serves every network in the same order; isolated, so that
         # it draws nothing from the training's generators.
-        with isolated(self._device, self._seed), torch.autocast(self._device.type, enabled=False):
+        with isolated(self._device, self._seed), full_precision(self._device):
             for batch in self._loaders[split].epoch(0):
                 if self._should_stop():
                     raise Interrupted
@@ -56,18 +73,15 @@ class Evaluator:
         self._keep_labels(split, torch.cat(labels).cpu())
         return logits
 
-    def figures(self, predictions: Tensor, split: str) -> dict[str, float]:
-        """Error, NLL and ECE of log-probabilities [N, C]."""
-        return classification_metrics(predictions, self._labels[split])
+    def figures(self, logits: Tensor, split: str) -> dict[str, float]:
+        """Error, NLL and ECE of one network, from its logits [N, C]."""
+        return classification_metrics(ensemble([logits]), self._labels[split])
 
     def record(self, logits: dict[str, Tensor]) -> dict[str, Any]:
         """A generation's figures on every split, from its logits there, as results.json has them."""
-        record: dict[str, Any] = {}
-        for split, values in logits.items():
-            predictions = ensemble([values])
-            record[split] = self.figures(predictions, split)
-            if split == TEST:
-                record["reliability"] = reliability(predictions, self._labels[TEST])
+        record: dict[str, Any] = {split: self.figures(values, split) for split, values in logits.items()}
+        if TEST in logits:
+            record["reliability"] = reliability(ensemble([logits[TEST]]), self._labels[TEST])
         return record
 
     def ensembles(self, members: list[int], test_logits: list[Tensor]) -> list[dict[str, Any]]:
@@ -79,7 +93,7 @@ class Evaluator:
                 {
                     "members": list(members),
                     "average": average,
-                    TEST: self.figures(predictions, TEST),
+                    TEST: classification_metrics(predictions, self._labels[TEST]),
                     "reliability": reliability(predictions, self._labels[TEST]),
                 }
             )

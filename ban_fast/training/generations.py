@@ -96,10 +96,10 @@ class _Lineage:
         for number in range(finished, self.config.generations + 1):
             if self.should_stop():
                 raise Interrupted
-            self._raise_generation(number)
+            self._grow_generation(number)
         return Results(self.results, self._all_networks)
 
-    def _raise_generation(self, number: int) -> None:
+    def _grow_generation(self, number: int) -> None:
         seed = generation_seed(self.config.seed, number)
         network = self._fresh_network(seed)
         teacher = self._teacher(number)

@@ -79,6 +79,7 @@ class Generation:
             self._run_epoch()
             self._close_epoch()
         self._check_teacher()
+        self._check_weights()
         if self._unsaved:
             self.save()
 
@@ -154,7 +155,7 @@ class Generation:
             raise
         if is_last:
             self.last_logits[split] = logits
-        return self.evaluator.record({split: logits})[split]  # type: ignore[no-any-return]
+        return self.evaluator.figures(logits, split)
 
     def _check_teacher(self) -> None:
         if self.teacher is not None:
@@ -163,6 +164,12 @@ class Generation:
     def _check_loss(self) -> None:
         if not self.meter.is_finite():
             raise self._diverged("the loss")
+
+    def _check_weights(self) -> None:
+        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values() if state]
+        finite = [tensor.isfinite().all() for tensor in [*self.network.parameters(), *momenta]]
+        if not torch.stack(finite).all().item():
+            raise self._diverged("a weight")
 
     def _diverged(self, what: str) -> UserError:
         by = "at" if self.device.type == "cpu" else "by"
@@ -189,10 +196,7 @@ class Generation:
         """
         if self.files is None or not self._can_save():
             return
-        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values() if state]
-        finite = [tensor.isfinite().all() for tensor in [*self.network.parameters(), *momenta]]
-        if not torch.stack(finite).all().item():
-            raise self._diverged("a weight")
+        self._check_weights()
         self.files.save_state(self.state())
         self._unsaved = False
         self._saved_at = time.perf_counter()

@@ -35,6 +35,7 @@ from ban_fast.errors import OptionError, UserError
 from ban_fast.evaluation import RunDirectory
 from ban_fast.training import Interrupted, evaluate_run, run
 from ban_fast.training.checkpoint import load_model
+from ban_fast.training.evaluator import full_precision
 from ban_fast.training.objectives import make_objective
 from ban_fast.training.optim import learning_rate
 from ban_fast.training.seeds import derived_seed, generation_seed
@@ -583,11 +584,39 @@ def test_a_loss_that_is_not_finite(lr: float, tmp_path: Path) -> None:
         assert all(t.isfinite().all() for t in stored["network"].values())
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_weights_that_overflow_at_the_last_step_are_noticed(saved: bool, tmp_path: Path) -> None:
+    """The loss was finite to the end; only the last update was not."""
+    settings = config(max_steps=1, optimizer=OptimizerConfig(lr=3e38, schedule="constant", weight_decay=1e10))
+    with pytest.raises(UserError, match="a weight is not finite in generation 0, epoch 1, at step 1: lower --lr"):
+        run(settings, out=tmp_path if saved else None, model=network, train=samples(IMAGES, 0))
+    assert not list(tmp_path.rglob("state.pt"))
+
+
 def test_bad_images_make_the_loss_not_finite_at_their_step() -> None:
     x, y = samples(IMAGES, 0)
     x[: IMAGES - STEPS_PER_EPOCH * BATCH + 1] = float("nan")  # one more than an epoch leaves out
     with pytest.raises(UserError, match=r"the loss is not finite in generation 0, epoch 1, at step [1-4]: "):
         run(config(), **own(train=(x, y)))
+
+
+def test_figures_are_computed_in_full_precision() -> None:
+    backends = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+    with full_precision(torch.device("cuda")):
+        assert [backend.fp32_precision for backend in backends] == ["ieee"] * 3
+    assert [backend.fp32_precision for backend in backends] == before
+
+
+def test_without_momentum(tmp_path: Path) -> None:
+    settings = config(optimizer=OptimizerConfig(lr=0.05, momentum=0.0, nesterov=False))
+    run(settings, out=tmp_path / "a", **own())
+    with pytest.raises(Interrupted):
+        run(settings, out=tmp_path / "b", should_stop=StopAt(22), **own())
+    run(settings, out=tmp_path / "b", resume=True, **own())
+    assert footprint(tmp_path / "a") == footprint(tmp_path / "b")
 
 
 # Networks and data by name

@@ -21,7 +21,7 @@ class OptionError(UserError):
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """"; did you mean 'x'?" for the nearest of the valid names, else the list of all of them."""
+    """The rest of a message on an unknown name: "; did you mean 'x'?" with the nearest valid one, else all of them."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; choose one of: {', '.join(valid)}"

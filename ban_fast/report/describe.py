@@ -35,7 +35,7 @@ def title(config: Mapping[str, Any]) -> str:
 
 
 def scaled_down(config: Mapping[str, Any]) -> str | None:
-    """What makes a run smaller than its data or the paper's row are, or None: such figures are no results of either."""
+    """What makes a run smaller than its data or than the paper's, or None; its figures are results of neither."""
     data = config["data"]
     cuts = [
         (data["limit_train"], "{} training images"),
@@ -43,7 +43,7 @@ def scaled_down(config: Mapping[str, Any]) -> str | None:
         (config["max_steps"], "{} steps a generation"),
     ]
     parts = [text.format(f"{limit:,}") for limit, text in cuts if limit is not None]
-    if paper.row(config) is not None and config["epochs"] < paper.EPOCHS:
+    if data["name"] in paper.DATASETS and config["epochs"] < paper.EPOCHS:
         parts.append(f"{config['epochs']} of the paper's {paper.EPOCHS} epochs")
     return f"scaled down: {', '.join(parts)}" if parts else None
 

@@ -33,14 +33,16 @@ def error_by_generation(config: Record, results: Record) -> Figure:
     axes.plot(list(singles), list(singles.values()), "o-", color=style.BLUE, label=names[0], **line)
     if joint:
         axes.plot(list(joint), list(joint.values()), "s-", color=style.VERMILION, label=names[1], **line)
-    _published(axes, config, singles, votes)
+    beside_paper = _published(axes, config, singles, votes)
     last = config["generations"]
     axes.set_xlim(-0.4, last + 0.5)
     if last < _CROWDED:
-        for number, error in singles.items():
-            _label(axes, number, error, error >= joint.get(number, error), style.BLUE)
-        for number, error in joint.items():
-            _label(axes, number, error, error > singles[number], style.VERMILION)
+        for points, others, color in ((singles, joint, style.BLUE), (joint, singles, style.VERMILION)):
+            for number, error in points.items():
+                other = others.get(number, error)
+                above = error > other or (error == other and points is singles)
+                left = points.get(number + 1, error) > error and not beside_paper  # the line goes on upward
+                _label(axes, number, error, above, left, color)
         axes.set_xticks(range(last + 1), [describe.generation(n) for n in range(last + 1)])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -51,14 +53,14 @@ def error_by_generation(config: Record, results: Record) -> Figure:
     return drawn
 
 
-def _label(axes: Axes, x: float, y: float, above: bool, color: str) -> None:
-    """The value beside its point, on the side away from the other series."""
+def _label(axes: Axes, x: float, y: float, above: bool, left: bool, color: str) -> None:
+    """The value beside its point, away from the other series and its own line."""
     axes.annotate(
         f"{y:.2f}",
         (x, y),
-        xytext=(6, 5) if above else (0, -8),
+        xytext=((-6 if left else 6), 5) if above else (0, -8),
         textcoords="offset points",
-        ha="left" if above else "center",
+        ha=("right" if left else "left") if above else "center",
         va="bottom" if above else "top",
         size=9,
         color=color,
@@ -66,11 +68,11 @@ def _label(axes: Axes, x: float, y: float, above: bool, color: str) -> None:
     )
 
 
-def _published(axes: Axes, config: Record, numbers: Iterable[int], votes: Sequence[Record]) -> None:
-    """The paper's errors, a little to the left of ours; a scaled-down run has nothing to compare with them."""
+def _published(axes: Axes, config: Record, numbers: Iterable[int], votes: Sequence[Record]) -> bool:
+    """The paper's errors, a little to the left of ours, if there are any; a scaled-down run can't compare with them."""
     row = paper.row(config)
     if row is None or describe.scaled_down(config) is not None:
-        return
+        return False
     objective = config["objective"]["name"]
     singles = {n: row.generation(n, objective) for n in numbers}
     joint = {max(r["members"]): row.ensemble(tuple(r["members"]), "probabilities", objective) for r in votes}
@@ -86,6 +88,7 @@ def _published(axes: Axes, config: Record, numbers: Iterable[int], votes: Sequen
         known = {n: error for n, error in points.items() if error is not None}
         if known:
             axes.plot([n - aside for n in known], list(known.values()), marker, label=name, **hollow)
+    return True
 
 
 def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequence[Record]]) -> Figure:
@@ -115,7 +118,10 @@ def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequen
     for axes in (left, middle):
         # The first tenth is steep: with it in view, what tells generations apart at the end would be a line's width.
         later = [y for line in axes.lines for x, y in line.get_xydata() if x > longest // 10]
-        axes.set_ylim(0, 1.1 * max(later, default=0) or None)
+        if later:
+            low, high = min(later), max(later)
+            bottom = 0 if low <= high / 2 else low - (0.05 * (high - low) or 1)
+            axes.set_ylim(bottom, high + (0.05 * (high - bottom) or 1))
     if any(y > 0 for line in right.lines for y in line.get_ydata()):
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

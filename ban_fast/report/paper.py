@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+DATASETS = ("cifar10", "cifar100")
 EPOCHS = 200
-"""Passes over the training images for each generation, in every CIFAR row."""
+"""Passes over the training images for each generation, in every row."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,23 @@ def test_learning_curves(make_run: MakeRun) -> None:
     assert [x for x, _ in loss["BAN-1"]] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
 
 
+def test_learning_curves_keep_the_end_in_view(make_run: MakeRun) -> None:
+    """The first tenth of the epochs may leave the frame, the rest may not; one point is no range."""
+    config = recipes.get("demo")
+    config.generations = 1
+    run = make_run(config, [2.5, 2.0])
+    curves: dict[int, Any] = {number: run.metrics(number) for number in run.generations()}
+    for axes in figures.learning_curves(run.config(), run.results(), curves).axes[:2]:
+        bottom, top = axes.get_ylim()
+        later = [y for points in series(axes).values() for x, y in points if x > config.epochs // 10]
+        assert bottom == 0
+        assert max(later) < top < 1.1 * max(later)
+    single: dict[int, Any] = {0: curves[0][:1]}
+    for axes in figures.learning_curves(run.config(), run.results(), single).axes[:2]:
+        bottom, top = axes.get_ylim()
+        assert bottom < series(axes)["teacher"][0][1] < top
+
+
 def test_reliability_shows_teacher_last_student_and_largest_ensemble(make_run: MakeRun) -> None:
     votes = {(1, 2): 1.67, (1, 2, 3): 1.94}
     run = make_run(recipes.get("demo"), [2.78, 2.22, 1.94, 1.94], votes=votes)

@@ -19,7 +19,7 @@ from .observer import Interrupted, Observer, Plan
 from .results import Results
 from .run_store import RunStore, empty_results
 from .seeds import generation_seed, isolated
-from .task import CUSTOM, ModelFactory, Samples, Task, make_task, network_factory, training_device, with_own
+from .task import CUSTOM, ModelFactory, Samples, Task, build, make_task, network_factory, training_device, with_own
 from .teacher import LiveTeacher
 
 
@@ -218,11 +218,12 @@ def _stored_networks(config: Config, store: RunStore, model: ModelFactory | None
     if model is None and config.model.name == CUSTOM:
         raise UserError("this run's network was the caller's own: pass its factory as model=")
     assert store.environment is not None
-    factory = model or network_factory(config.model, store.environment["shape"])
+    shape, cpu = store.environment["shape"], torch.device("cpu")
+    factory = model or network_factory(config.model, shape)
     networks = []
     for number in range(len(store.results["generations"])):
-        with isolated(torch.device("cpu")):
-            network = factory()
+        with isolated(cpu):
+            network = build(factory, shape, cpu, channels_last=False)
         store.load_network(number, network)
         networks.append(network.eval().requires_grad_(False))
     return networks

@@ -38,13 +38,14 @@ def seed_everything(seed: int, device: torch.device) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of those generators, in types that `torch.load(weights_only=True)` admits."""
+    version, internal, gauss_next = random.getstate()
     numpy = np.random.get_state(legacy=False)
     assert isinstance(numpy, dict)
     keys, position = numpy["state"]["key"], numpy["state"]["pos"]
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "python": random.getstate(),
+        "python": (version, torch.tensor(internal), gauss_next),  # a tensor: 625 integers pickle slowly
         "numpy": (
             str(numpy["bit_generator"]),
             torch.from_numpy(keys.astype(np.int64)),
@@ -61,7 +62,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
     version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    random.setstate((version, tuple(internal.tolist()), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
 

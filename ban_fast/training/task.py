@@ -45,7 +45,7 @@ class Task:
     def network(self, generation_seed: int) -> nn.Module:
         """A fresh network, from draws of its own generation's seed."""
         seed_everything(derived_seed(generation_seed, "init"), self.device)
-        return _placed(self.factory(), self.device, self.channels_last)
+        return build(self.factory, self.shape, self.device, self.channels_last)
 
 
 def training_device(name: str) -> torch.device:
@@ -133,6 +133,14 @@ def make_task(
         },
         structure=_structure(network),
     )
+
+
+def build(factory: ModelFactory, shape: dict[str, Any], device: torch.device, channels_last: bool) -> nn.Module:
+    """A network on its device, its lazy layers, if it has some, given the shapes of the data's."""
+    network = _placed(factory(), device, channels_last)
+    if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
+        _output_width(network, tuple(shape["sample_shape"]), device)
+    return network
 
 
 def trainable_parameters(network: nn.Module) -> int:

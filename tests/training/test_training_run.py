@@ -221,6 +221,16 @@ def test_a_factory_that_hands_out_one_network_twice_is_refused(tmp_path: Path) -
         run(config(), out=tmp_path, resume=True, **own(model=lambda: only.requires_grad_()))
 
 
+def test_lazy_layers_get_their_shapes_before_training(tmp_path: Path) -> None:
+    def lazy() -> nn.Module:
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(CLASSES))
+
+    results = run(config(), out=tmp_path, **own(model=lazy))
+    assert results.generations[0]["parameters"] == 4 * 9 + 4 + 8 + 4 * 16 * CLASSES + CLASSES
+    assert evaluate_run(tmp_path, **own(model=lazy)) == results.to_dict()
+    assert len(run(config(), out=tmp_path, resume=True, **own(model=lazy)).models) == 3
+
+
 def test_a_shared_frozen_layer_is_allowed() -> None:
     head = nn.Linear(32, CLASSES).requires_grad_(False)
 

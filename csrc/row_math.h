@@ -182,14 +182,20 @@ BAN_FAST_HD FeistelPoint<U> feistel_point(U x, const FeistelShape& shape) {
   return {l, r};
 }
 
+// A round's function: a hash of the other half, below `size`.
+template <class U>
+BAN_FAST_HD U feistel_hash(U half, U key, std::uint32_t size) {
+  return high_product(mix(half * U(kGolden) + key), U(size));
+}
+
 // All rounds, once; keys: shape.rounds of them.
 template <class U, class Keys>
 BAN_FAST_HD FeistelPoint<U> feistel(FeistelPoint<U> point, const Keys& keys, const FeistelShape& shape) {
   const U a = U(shape.a), b = U(shape.b);
   for (int i = 0; i < shape.rounds; i += 2) {
-    const U l = point.l + high_product(mix(point.r * U(kGolden) + U(keys[i])), a);
+    const U l = point.l + feistel_hash(point.r, U(keys[i]), shape.a);
     point.l = lesser(l, l - a);  // modulo a: below a, l - a wraps around to the larger
-    const U r = point.r + high_product(mix(point.l * U(kGolden) + U(keys[i + 1])), b);
+    const U r = point.r + feistel_hash(point.l, U(keys[i + 1]), shape.b);
     point.r = lesser(r, r - b);
   }
   return point;

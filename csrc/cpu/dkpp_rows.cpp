@@ -7,10 +7,12 @@ namespace {
 template <class T>
 void target_rows_as(const TargetsJob& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t classes = job.selection.classes;
-  const ScratchRows<T> scratch(classes, 1 + TargetRows<T>::scratch_rows(classes));
+  const ScratchRows<T> scratch(classes, 1 + TargetRows<T>::scratch_rows(classes), TargetRows<T>::scratch_words(classes));
   const Temperature<T> temperature(job.temperature);
-  TargetRows<T>::visit(
-      job.teacher, job.selection, job.key, scratch.after(1), begin, end, [&](std::int64_t row, const T* target) {
+  TargetRows<T> targets(job.teacher, job.selection, job.key, scratch.after(1));
+  targets.visit(
+      begin, end,
+      [&](std::int64_t row, const T* target) {
         T* exp = scratch.row(0);
         const Vec<T> largest(row_maximum(target, classes));
         LaneSum<T> sum;
@@ -43,6 +45,7 @@ void target_rows(const TargetsJob& job, std::int64_t begin, std::int64_t end) {
 void permutation_rows(const PermutationJob& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t classes = job.classes;
   RowPermuter permuter(job.key, classes);
+  const ScratchRows<float> scratch(0, 0, RowPermuter::pitch(classes));
   if (permuter.is_identity()) {
     for (std::int64_t k = begin * classes; k < end * classes; ++k) job.sources[k] = k % classes;
     return;
@@ -50,13 +53,18 @@ void permutation_rows(const PermutationJob& job, std::int64_t begin, std::int64_
   for (std::int64_t base = begin; base < end; base += RowPermuter::kRows) {
     const int count = int(end - base < RowPermuter::kRows ? end - base : RowPermuter::kRows);
     permuter.load_keys(base, count);
-    permuter.sources(0, count, job.argmax + base, [&](int lane, std::int64_t i, Words index) {
-      std::uint32_t from[Words::lanes];
-      store(from, index);
-      std::int64_t* to = job.sources + (base + lane) * classes + i;
-      const int written = int(classes - i < Words::lanes ? classes - i : Words::lanes);
-      for (int k = 0; k < written; ++k) to[k] = from[k];
-    });
+    for (int k = 0; k < count; ++k) {
+      permuter.ranks(k, 1, scratch.words(), 0);
+      const std::int64_t kept = job.argmax[base + k];
+      std::int64_t* const to = job.sources + (base + k) * classes;
+      for_sources(scratch.words(), classes, kept, [&](std::int64_t at, Words sources) {
+        std::uint32_t from[Words::lanes];
+        store(from, sources);
+        const std::int64_t written = classes - at < Words::lanes ? classes - at : std::int64_t(Words::lanes);
+        for (std::int64_t i = 0; i < written; ++i) to[at + i] = from[i];
+      });
+      to[kept] = kept;
+    }
   }
 }
 

@@ -237,23 +237,25 @@ class KDRows {
 template <class T, class Divisor>
 void kd_rows_with(const KDJob& job, const Divisor& temperature, std::int64_t begin, std::int64_t end) {
   const Selection& selection = job.selection;
-  const int own = KDRows<T, Divisor>::scratch_rows(selection.classes);
-  const int permuted = job.key == nullptr ? 0 : TargetRows<T>::scratch_rows(selection.classes);
-  const ScratchRows<T> scratch(selection.classes, own + permuted);
+  const std::int64_t classes = selection.classes;
+  const bool permuted = job.key != nullptr;
+  const int own = KDRows<T, Divisor>::scratch_rows(classes);
+  const ScratchRows<T> scratch(classes, own + (permuted ? TargetRows<T>::scratch_rows(classes) : 0),
+                               permuted ? TargetRows<T>::scratch_words(classes) : 0);
   KDRows<T, Divisor> rows(job, scratch, temperature, end);
   for (std::int64_t i = begin; i < end; ++i) {
     if (!selection.ignored(i)) {
-      if (job.key == nullptr) rows.add(i, nullptr);
+      if (!permuted) rows.add(i, nullptr);
       continue;
     }
     job.kd_values[i] = 0.0;
     if (job.label_values != nullptr) job.label_values[i] = 0.0;
-    clear_row(job.gradient, i, selection.classes);
+    clear_row(job.gradient, i, classes);
   }
-  if (job.key != nullptr) {
-    TargetRows<T>::visit(
-        job.teacher, selection, *job.key, scratch.after(own), begin, end,
-        [&](std::int64_t i, const T* target) { rows.add(i, target); }, [&] { rows.flush(); });
+  if (permuted) {
+    TargetRows<T> targets(job.teacher, selection, *job.key, scratch.after(own));
+    targets.visit(
+        begin, end, [&](std::int64_t i, const T* target) { rows.add(i, target); }, [&] { rows.flush(); });
   }
   rows.flush();
 }

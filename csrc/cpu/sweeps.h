@@ -24,21 +24,32 @@ BAN_FAST_HD int rows_at_once(std::int64_t classes) {
   return rows < 1 ? 1 : rows > kMostRowsAtOnce ? kMostRowsAtOnce : int(rows);
 }
 
-// Scratch rows of one thread, each padded to whole vectors, and long ones by some cache lines more, so that rows of 2^n classes
-// do not all fall on the same lines of the cache.
+// Scratch of one thread: rows of T, each with room for a vector beyond its last, and 32-bit words. Long rows are kept some cache
+// lines apart, so that those of 2^n classes do not all fall on the same lines of the cache.
 template <class T>
-struct ScratchRows {
-  std::int64_t pitch;
-  T* first;
+class ScratchRows {
+ public:
+  ScratchRows(std::int64_t classes, int rows, std::int64_t words = 0)
+      : pitch_((classes + 15) / 16 * 16 + (classes < 1024 ? 16 : std::int64_t(5 * 64 / sizeof(T)))) {
+    const std::size_t row_bytes = std::size_t(pitch_) * std::size_t(rows) * sizeof(T);
+    first_ = static_cast<T*>(thread_scratch(row_bytes + std::size_t(words) * sizeof(std::uint32_t)));
+    words_ = reinterpret_cast<std::uint32_t*>(first_ + pitch_ * rows);
+  }
 
-  ScratchRows(std::int64_t classes, int rows)
-      : pitch((classes + 15) / 16 * 16 + (classes < 1024 ? 0 : std::int64_t(5 * 64 / sizeof(T)))),
-        first(static_cast<T*>(thread_scratch(std::size_t(pitch) * std::size_t(rows) * sizeof(T)))) {}
-  __attribute__((always_inline)) T* row(int i) const { return first + i * pitch; }
-  ScratchRows after(int rows) const { return ScratchRows(pitch, row(rows)); }
+  T* row(int i) const { return first_ + i * pitch_; }
+  std::uint32_t* words() const { return words_; }
+
+  // The rows from number `rows` on.
+  ScratchRows after(int rows) const {
+    ScratchRows rest = *this;
+    rest.first_ = row(rows);
+    return rest;
+  }
 
  private:
-  ScratchRows(std::int64_t pitch_, T* first_) : pitch(pitch_), first(first_) {}
+  std::int64_t pitch_;
+  T* first_;
+  std::uint32_t* words_;
 };
 
 BAN_FAST_HD std::int64_t element_size(DType dtype) {

@@ -22,7 +22,7 @@ from benchmarks.providers import Step
 
 WARM_UP = 0.2  # seconds a provider, before any lap
 LAP = 0.005  # a clock read is 50 ns and a wake-up of the second thread 10 us
-ROUNDS = (7, 41)
+ROUNDS = (5, 41)
 
 Lap = Callable[[], float]
 """Runs one lap and returns its seconds a call."""

@@ -64,7 +64,7 @@ def _cpu() -> dict[str, Any]:
         "l3": caches.read_text().strip() if caches.exists() else None,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "huge_pages": huge.read_text().strip() if huge.exists() else None,
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "libc": " ".join(platform.libc_ver()).strip() or None,
     }
 

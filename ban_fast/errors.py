@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_MOST_NAMED = 20
+
 
 class UserError(ValueError):
     """A mistake that its maker can mend: the message names what was given and the remedy, on one line."""
@@ -21,7 +23,10 @@ class OptionError(UserError):
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """The rest of a message on an unknown name: "; did you mean 'x'?" with the nearest valid one, else all of them."""
+    """The rest of a message on an unknown name: "; did you mean 'x'?" with the nearest valid one, else a list."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose one of: {', '.join(valid)}"
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    more = f" and {len(valid) - _MOST_NAMED} more" if len(valid) > _MOST_NAMED else ""
+    return f"; choose one of: {', '.join(valid[:_MOST_NAMED])}{more}"

@@ -98,3 +98,4 @@ def test_defaults_are_the_papers() -> None:
 def test_suggest() -> None:
     assert suggest("wnr-28-1", ["wrn-28-1", "mlp"]) == "; did you mean 'wrn-28-1'?"
     assert suggest("zzz", ["a", "b"]) == "; choose one of: a, b"
+    assert suggest("zzz", [f"n{i}" for i in range(23)]).endswith("n18, n19 and 3 more")

@@ -56,7 +56,7 @@ class ObjectiveConfig:
     name: str = "ban"
     """"label", "ban" (the teacher's outputs alone), "ban+l" (with labels), "cwtm" or "dkpp"."""
     temperature: float = 1.0
-    """Both softmaxes' temperature; the KD term is multiplied by its square."""
+    """Both softmaxes' temperature; the KD term is multiplied by its square. Not for label and cwtm."""
     kd_weight: float | None = None
     """Weight of the KD term. None: 1. Not for label and cwtm, which have none."""
     label_weight: float | None = None
@@ -199,6 +199,10 @@ class Config:
         stones = self.optimizer.milestones
         if list(stones) != sorted(stones) or not all(0 < m < 1 for m in stones):
             raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")
+        if self.objective.name in ("label", "cwtm") and self.objective.temperature != 1:
+            raise OptionError(
+                "objective.temperature", f"objective {self.objective.name!r} has no temperature; leave it at 1"
+            )
         if self.objective.name in ("label", "cwtm") and self.objective.kd_weight is not None:
             raise OptionError("objective.kd_weight", f"objective {self.objective.name!r} has no KD term")
         if self.objective.name in ("label", "ban", "cwtm") and self.objective.label_weight is not None:

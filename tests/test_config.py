@@ -51,6 +51,7 @@ def test_every_field_has_a_docstring() -> None:
         ({"objective": {"name": "bam"}}, "objective.name", "did you mean 'ban'"),
         ({"objective": {"name": "cwtm", "kd_weight": 1}}, "objective.kd_weight", "no KD term"),
         ({"objective": {"name": "ban", "label_weight": 1}}, "objective.label_weight", "use 'ban+l'"),
+        ({"objective": {"name": "cwtm", "temperature": 2}}, "objective.temperature", "has no temperature"),
         ({"objective": {"temperature": 0}}, "objective.temperature", "above 0, got 0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr", "finite number above 0, got nan"),
         ({"optimizer": {"weight_decay": -1}}, "optimizer.weight_decay", "of at least 0, got -1"),

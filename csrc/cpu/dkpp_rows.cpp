@@ -26,7 +26,7 @@ void target_rows_as(const TargetsJob& job, std::int64_t begin, std::int64_t end)
             },
             [&]() BAN_FAST_LAMBDA { sum.end_block(); });
         const Vec<T> scale(T(1 / sum.value()));
-        write_row<T>(static_cast<T*>(job.targets) + row * classes, classes,
+        write_row<T>(static_cast<T*>(job.targets) + row * classes, classes, false,
                      [&](std::int64_t i) BAN_FAST_LAMBDA { return load(exp + i) * scale; });
       },
       [] {});

@@ -13,6 +13,7 @@ struct KDRow {
   std::int64_t classes, reference;  // reference: where the teacher is largest
   T *exp, *expm1, *difference, *label;
   double label_scale;
+  bool streamed;
   Upcoming upcoming;
 };
 
@@ -67,13 +68,6 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
   return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, double(largest_lane(largest_d))};
 }
 
-// Writes g, and what the label adds to it.
-template <bool kTail, bool kLabel, class T, class To>
-BAN_FAST_HD void put(To* gradient, const KDRow<T>& row, std::int64_t i, Vec<T> g, Vec<T> label_scale) {
-  if constexpr (kLabel) g = madd(load(row.label + i), label_scale, g);
-  write_some<kTail>(gradient + i, g, row.classes - i);
-}
-
 // KL by the difference form, and the gradient, unless To is NoGradient.
 template <bool kLabel, class T, class To>
 static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near, double kd_scale, To* gradient) {
@@ -86,7 +80,9 @@ static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near,
     const auto ratio = near_ratio(load(row.difference + i), load(row.expm1 + i), log_mass, exp_neg, expm1_neg);
     divergence.add_product(p, divergence_term(ratio));
     if constexpr (!std::is_same_v<To, NoGradient>) {
-      put<tail, kLabel>(gradient, row, i, p * (ratio.minus_one * scale), label);
+      Vec<T> g = p * (ratio.minus_one * scale);
+      if constexpr (kLabel) g = madd(load(row.label + i), label, g);
+      put<tail>(gradient + i, g, row.classes - i, row.streamed);
     }
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
@@ -125,7 +121,9 @@ static double far_gradient(const KDRow<T> row, const Divisor temperature, double
     const Ratio<Vec<T>> ratio{select(z == lowest, lowest, apart + log_ratio), q - p};
     divergence.add(far_term(q, p, ratio));
     if constexpr (!std::is_same_v<To, NoGradient>) {
-      put<tail, kLabel>(gradient, row, i, ratio.minus_one * scale, label);
+      Vec<T> g = ratio.minus_one * scale;
+      if constexpr (kLabel) g = madd(load(row.label + i), label, g);
+      put<tail>(gradient + i, g, left, row.streamed);
     }
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
@@ -157,6 +155,7 @@ class KDRows {
     row.expm1 = scratch_.row(buffers + 3);
     row.difference = scratch_.row(buffers + 4);
     row.label = scratch_.row(buffers + 5);
+    row.streamed = job_.gradient.streamed;
     row.upcoming = Upcoming(job_.student, next, job_.teacher, selection.teacher_row(next));
     if (count_ == most_) flush();
   }
@@ -207,7 +206,7 @@ class KDRows {
       const bool with_label = job_.label_values != nullptr && job_.label_scale != 0;
       if (job_.kd_scale == 0) {
         // A term without weight is left out: 0 times its NaN would be NaN.
-        write_row<T>(gradient, row.classes, [&](std::int64_t i) BAN_FAST_LAMBDA {
+        write_row<T>(gradient, row.classes, row.streamed, [&](std::int64_t i) BAN_FAST_LAMBDA {
           return with_label ? load(row.label + i) * Vec<T>(T(row.label_scale)) : Vec<T>(T(0));
         });
         return divergence<false>(row, sums, scalars, static_cast<NoGradient*>(nullptr));
@@ -258,6 +257,7 @@ void kd_rows_with(const KDJob& job, const Divisor& temperature, std::int64_t beg
         begin, end, [&](std::int64_t i, const T* target) { rows.add(i, target); }, [&] { rows.flush(); });
   }
   rows.flush();
+  end_streaming();
 }
 
 template <class T>

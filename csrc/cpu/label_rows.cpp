@@ -47,10 +47,11 @@ void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std
     const Vec<T> scale(T(job.weights[row] * job.scale / label.total));
     with_gradient_row<T>(job.gradient, row, classes, [&]<class To>(To* gradient) BAN_FAST_LAMBDA {
       if constexpr (!std::is_same_v<To, NoGradient>) {
-        write_row<T>(gradient, classes, [&](std::int64_t i) BAN_FAST_LAMBDA { return load(exp + i) * scale; });
+        write_row<T>(gradient, classes, job.gradient.streamed, [&](std::int64_t i) BAN_FAST_LAMBDA { return load(exp + i) * scale; });
       }
     });
   }
+  end_streaming();
 }
 
 }  // namespace

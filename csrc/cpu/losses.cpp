@@ -35,6 +35,14 @@ void run(void (*kernel)(const Job&, std::int64_t, std::int64_t), const Job& job,
       &context);
 }
 
+// A gradient that no cache holds is written past it.
+Gradient gradient_of(const LossResult& result, DType dtype, const Selection& selection) {
+  constexpr std::int64_t kCache = 16 << 20, kLine = 64;
+  const std::int64_t row_bytes = selection.classes * (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2);
+  const bool aligned = row_bytes % kLine == 0 && reinterpret_cast<std::uintptr_t>(result.gradient) % kLine == 0;
+  return {result.gradient, dtype, aligned && row_bytes * selection.rows >= kCache};
+}
+
 struct Checked {
   Offence offence;
   std::int64_t kept = 0;
@@ -115,7 +123,7 @@ Offence kd(const Matrix& student, const Matrix& teacher, const Selection& select
                   options.cross_entropy,
                   kd_scale * storage,
                   label_scale * storage,
-                  {result.gradient, student.dtype},
+                  gradient_of(result, student.dtype, selection),
                   kd_values,
                   label_values};
   run(row_kernels().kd, job, selection.rows, selection.classes, threads);
@@ -190,7 +198,7 @@ Offence cwtm(const Matrix& student, const Matrix* teacher, const Matrix* confide
   double bound = 0.0;
   for (double weight : weights) bound = std::max(bound, std::abs(weight));
   const double storage = storage_scale(result, student.dtype, bound);
-  const WeightedLabelJob job{student, selection, weights.data(), storage, {result.gradient, student.dtype}, values.data()};
+  const WeightedLabelJob job{student, selection, weights.data(), storage, gradient_of(result, student.dtype, selection), values.data()};
   run(row_kernels().weighted_label, job, selection.rows, selection.classes, threads);
 
   double loss = 0.0;

@@ -10,6 +10,8 @@ namespace ban_fast {
 struct Gradient {
   void* data;
   DType dtype;
+  // Written past the cache: it is larger than that, and its rows begin and end on cache lines. Saves reading what is overwritten.
+  bool streamed = false;
 };
 
 struct KDJob {

@@ -212,12 +212,22 @@ BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t la
 
 // ---- Writing a gradient ----------------------------------------------------------------------------------------
 
+template <bool kTail, class T, class To>
+BAN_FAST_HD void put(To* to, Vec<T> x, std::int64_t left, bool streamed) {
+  if (!kTail && streamed) {
+    stream_whole(to, x);
+  } else {
+    write_some<kTail>(to, x, left);
+  }
+}
+
 // row[i] = value(i) for a gradient's row; value gives a vector, of which all lanes are computed and the row's are written.
 template <class T, class To, class Value>
-BAN_FAST_HD void write_row(To* row, std::int64_t classes, Value value) {
+BAN_FAST_HD void write_row(To* row, std::int64_t classes, bool streamed, Value value) {
   for_vectors<T>(
       0, classes,
-      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA { write_some<tail>(row + i, value(i), classes - i); }, []() BAN_FAST_LAMBDA {});
+      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA { put<tail>(row + i, value(i), classes - i, streamed); },
+      []() BAN_FAST_LAMBDA {});
 }
 
 BAN_FAST_HD void clear_row(const Gradient& gradient, std::int64_t row, std::int64_t classes) {

@@ -232,7 +232,7 @@ BAN_FAST_HD void store(T* to, Vec<T> x) {
   BAN_FAST_EACH_PART std::memcpy(reinterpret_cast<char*>(to) + p * kPartBytes, &x.part[p], kPartBytes);
 }
 
-// Past the cache: for what is not read again soon and would push out what is. `to` is aligned to a vector's part.
+// Past the cache, to an address aligned to a whole vector.
 template <class T>
 BAN_FAST_HD void stream(T* to, Vec<T> x) {
 #if defined(__AVX512F__)
@@ -242,6 +242,13 @@ BAN_FAST_HD void stream(T* to, Vec<T> x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, (__m256i)x.part[1]);
 #else
   store(to, x);
+#endif
+}
+
+// What was streamed before is there for other threads after.
+BAN_FAST_HD void end_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
 #endif
 }
 

@@ -13,7 +13,7 @@ namespace ban_fast {
 namespace {
 
 // Below this many elements waking a thread costs more than it saves.
-constexpr std::int64_t kPiece = 1 << 14;
+constexpr std::int64_t kPiece = 1 << 15;
 // Pieces a thread, so that one that is held up elsewhere does not keep the others waiting.
 constexpr std::int64_t kPieces = 8;
 
@@ -77,7 +77,7 @@ Checked check(const Selection& selection, std::int64_t teacher_rows) {
 
 // The largest power of two that keeps |gradient| <= bound within fp16, for f16 gradients; else 1. Its inverse goes to the caller.
 double storage_scale(const LossResult& result, DType dtype, double bound) {
-  if (dtype != DType::f16 || result.gradient == nullptr) return 1.0;
+  if (dtype != DType::f16 || result.grad_scale == nullptr) return 1.0;
   double scale = 1.0;
   if (bound > 0.0 && std::isfinite(bound)) {
     const double largest = 65504.0 * (1.0 - 0x1p-11);  // rounding on the way cannot carry it beyond 65504
@@ -198,7 +198,8 @@ Offence cwtm(const Matrix& student, const Matrix* teacher, const Matrix* confide
   double bound = 0.0;
   for (double weight : weights) bound = std::max(bound, std::abs(weight));
   const double storage = storage_scale(result, student.dtype, bound);
-  const WeightedLabelJob job{student, selection, weights.data(), storage, gradient_of(result, student.dtype, selection), values.data()};
+  const WeightedLabelJob job{
+      student, selection, weights.data(), storage, gradient_of(result, student.dtype, selection), values.data()};
   run(row_kernels().weighted_label, job, selection.rows, selection.classes, threads);
 
   double loss = 0.0;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -19,12 +20,18 @@ struct Job {
   RangeBody body;
   void* context;
   std::atomic<std::int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;
 
-  void work() {
-    for (;;) {
-      const std::int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= count) return;
-      body(context, begin, std::min(begin + chunk, count));
+  void work() noexcept {
+    try {
+      for (;;) {
+        const std::int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+        if (begin >= count) return;
+        body(context, begin, std::min(begin + chunk, count));
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
     }
   }
 };
@@ -111,8 +118,15 @@ void parallel_for(std::int64_t count, std::int64_t chunk, int threads, RangeBody
   const std::int64_t chunks = (count + chunk - 1) / chunk;
   const int helpers = int(std::min<std::int64_t>(threads, chunks)) - 1;
   if (helpers > 0) {
-    Job job{count, chunk, body, context};
-    if (pool().try_run(job, helpers)) return;
+    Job job;
+    job.count = count;
+    job.chunk = chunk;
+    job.body = body;
+    job.context = context;
+    if (pool().try_run(job, helpers)) {
+      if (job.failed) std::rethrow_exception(job.failure);
+      return;
+    }
   }
   body(context, 0, count);
 }

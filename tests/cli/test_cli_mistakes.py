@@ -56,7 +56,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["train", "--model", "wrn-10-1", "--model-option", "dropout=2"],
         ["--model-option: ", "dropout must be"],
     ),
-    "a name like thousands": (["train", "--model", "timm:x"], ["--model: ", "timm has no network 'x'", " ...\n"]),
+    "a name like thousands": (["train", "--model", "timm:x"], ["--model: ", "timm has no network 'x'", " more\n"]),
     "weight of no term": (["train", "--objective", "ban", "--label-weight", "1"], ["--label-weight", "no label term"]),
     "two bases": (["train", "--recipe", "demo", "--config", "x.json"], ["--config and --recipe"]),
     "config missing": (["train", "--config", "x.json"], ["--config: there is no file x.json"]),

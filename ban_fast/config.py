@@ -197,7 +197,7 @@ class Config:
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise OptionError("optimizer.nesterov", "needs a momentum above 0")
         stones = self.optimizer.milestones
-        if list(stones) != sorted(stones) or not all(0 < m < 1 for m in stones):
+        if not all(isinstance(m, (int, float)) and 0 < m < 1 for m in stones) or list(stones) != sorted(stones):
             raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")
         if self.objective.name in ("label", "cwtm") and self.objective.temperature != 1:
             raise OptionError(
@@ -209,6 +209,8 @@ class Config:
             raise OptionError(
                 "objective.label_weight", f"objective {self.objective.name!r} has no label term to weigh; use 'ban+l'"
             )
+        if self.objective.weights() == (0, 0):
+            raise OptionError("objective.kd_weight", "is 0, and so is the labels' weight: nothing is left to learn")
 
 
 def _plain(value: Any) -> Any:

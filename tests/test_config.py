@@ -56,6 +56,8 @@ def test_every_field_has_a_docstring() -> None:
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr", "finite number above 0, got nan"),
         ({"optimizer": {"weight_decay": -1}}, "optimizer.weight_decay", "of at least 0, got -1"),
         ({"optimizer": {"milestones": [0.6, 0.3]}}, "optimizer.milestones", "rising"),
+        ({"optimizer": {"milestones": ["a"]}}, "optimizer.milestones", "rising"),
+        ({"objective": {"kd_weight": 0}}, "objective.kd_weight", "nothing is left to learn"),
         ({"optimizer": {"momentum": 0}}, "optimizer.nesterov", "momentum above 0"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction", "[0, 1), got 1"),
         ({"data": {"limit_train": 0}}, "data.limit_train", "at least 1, got 0"),

@@ -53,10 +53,19 @@ def _real(text: str) -> float:
         raise typer.BadParameter(f"must be a number, got {text!r}") from None
 
 
-def _flag(
-    flag: str, metavar: str | None, help: str, panel: str | None = None, parser: Callable[[str], Any] | None = None
-) -> Any:
+def _text(text: str) -> str:
+    """Not empty: an unset variable of a shell script would otherwise mean the current directory."""
+    if not text:
+        raise typer.BadParameter("must not be empty")
+    return text
+
+
+def _flag(flag: str, metavar: str, help: str, panel: str | None = None, parser: Callable[[str], Any] = _text) -> Any:
     return typer.Option(flag, metavar=metavar, help=help, rich_help_panel=panel, parser=parser, show_default=False)
+
+
+def _switch(flag: str, help: str, panel: str) -> Any:
+    return typer.Option(flag, help=help, rich_help_panel=panel, show_default=False)
 
 
 def _print_version(wanted: bool) -> None:
@@ -99,7 +108,7 @@ def train(
         str | None, _flag("--out", "DIR", "Directory to write the run to. Default: runs/RECIPE-DATE-TIME.", _RUN)
     ] = None,
     resume: Annotated[
-        bool, _flag("--resume", None, "Continue the run in --out where it was stopped, to the same bits.", _RUN)
+        bool, _switch("--resume", "Continue the run in --out where it was stopped, to the same bits.", _RUN)
     ] = False,
     seed: Annotated[
         int | None, _flag("--seed", "N", "Every random draw of the run derives from it.", _RUN, _whole)
@@ -182,7 +191,7 @@ def train(
     device: Annotated[str | None, _flag("--device", "|".join(DEVICES), "Where to train.", _MACHINE)] = None,
     amp: Annotated[str | None, _flag("--amp", "|".join(AMP_MODES), "Mixed precision.", _MACHINE)] = None,
     compile: Annotated[
-        bool | None, _flag("--compile/--no-compile", None, "Run the networks through torch.compile.", _MACHINE)
+        bool | None, _switch("--compile/--no-compile", "Run the networks through torch.compile.", _MACHINE)
     ] = None,
 ) -> int:
     """Train a teacher, then students of the same architecture, each on the outputs of the one before.
@@ -194,7 +203,7 @@ def train(
     return commands.train(ctx.obj, ctx.params)
 
 
-_Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", show_default=False)]
+_Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", parser=_text, show_default=False)]
 _DataDir = Annotated[
     str | None, _flag("--data-dir", "DIR", "The dataset's directory, or its parent. Default: as the run had it.")
 ]
@@ -204,9 +213,7 @@ _DataDir = Annotated[
 def evaluate(
     ctx: typer.Context,
     run: _Run,
-    members: Annotated[
-        str | None, _flag("--members", "1,2", "Add the ensemble of these generations to the table.")
-    ] = None,
+    members: Annotated[str | None, _flag("--members", "1,2", "Only these generations, and their ensemble.")] = None,
     data_dir: _DataDir = None,
 ) -> int:
     """Compute the figures of a run's results.json anew, from its saved networks."""
@@ -218,7 +225,9 @@ def evaluate(
 @app.command()
 def prepare(
     ctx: typer.Context,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="digits, cifar10 or cifar100.", show_default=False)],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="digits, cifar10 or cifar100.", parser=_text, show_default=False)
+    ],
     data_dir: Annotated[
         str | None, _flag("--data-dir", "DIR", "Where to put it. Default: $BAN_FAST_DATA, else ~/.cache/ban_fast.")
     ] = None,

@@ -1,6 +1,7 @@
 """What each command does: build, call, print. Each returns its exit status."""
 
 import os
+import re
 import shlex
 import sys
 import time
@@ -102,7 +103,8 @@ def _find_own_modules() -> None:
 
 def _new_directory(recipe: str) -> Path:
     """runs/RECIPE-DATE-TIME; with a number after it where a run of the same second has the name."""
-    base = Path("runs") / time.strftime(f"{recipe}-%Y%m%d-%H%M%S")
+    word = re.sub(r"[^\w.+-]", "_", recipe).lstrip(".")  # a file's recipe can be any text, a path too
+    base = Path("runs") / (word + time.strftime("-%Y%m%d-%H%M%S"))
     path, number = base, 2
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1

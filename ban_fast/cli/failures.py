@@ -81,7 +81,7 @@ def _usage(error: Any) -> str:
     if param is not None and param.param_type_name == "option":
         return f"{max(param.opts, key=len)} {error.message}"
     if param is not None:
-        return f"{param.metavar or param.name} is missing; {see}"
+        return f"{param.metavar or param.name} {error.message or f'is missing; {see}'}"
     wrong = getattr(error, "option_name", None)
     if wrong is not None and hasattr(error, "possibilities"):
         params = context.command.params if context is not None else []

@@ -121,7 +121,7 @@ def read(file: Path, option: str) -> Config:
         raise UserError(f"{option}: cannot read {file}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{option}: {file}: {error}") from None
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise UserError(f"{option}: {file} is not a configuration in JSON, or is cut short: {error}") from None
 
 

@@ -25,8 +25,8 @@ def classification_metrics(predictions: Tensor, labels: Tensor) -> dict[str, flo
 def reliability(predictions: Tensor, labels: Tensor, bins: int = ECE_BINS) -> dict[str, list[float]]:
     """{"count", "confidence", "accuracy"}, a number for each of `bins` equal-width bins of the confidence.
 
-    Bin i holds the rows with i / bins < max probability <= (i + 1) / bins; "confidence" and "accuracy" are its means, in
-    [0, 1], and 0 where it is empty. Arguments and errors as for `classification_metrics`.
+    Bin i holds the rows with i / bins < max probability <= (i + 1) / bins; "confidence" and "accuracy" are its means,
+    in [0, 1], and 0 where it is empty. Arguments and errors as for `classification_metrics`.
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")

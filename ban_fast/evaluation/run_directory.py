@@ -13,8 +13,9 @@ RESULTS_FORMAT = 1
 
 
 class RunDirectory:
-    """What a run left: config.json, environment.json, results.json, generation-N/{model.safetensors, metrics.jsonl, state.pt}.
+    """What a run left: config.json, environment.json, results.json, and a folder generation-N for each generation.
 
+    In that folder: model.safetensors, metrics.jsonl, state.pt.
     UserError where the path is not a run directory, and where a file that is asked for is missing or cut short.
     """
 
@@ -68,7 +69,7 @@ class RunDirectory:
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise UserError(f"{path} is corrupted: line {number} is not a JSON object")
@@ -83,7 +84,7 @@ class RunDirectory:
         path = self.path / name
         try:
             value = json.loads(_read(path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is cut short or corrupted: not JSON") from error

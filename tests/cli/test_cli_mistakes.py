@@ -58,6 +58,12 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a name like thousands": (["train", "--model", "timm:x"], ["--model: ", "timm has no network 'x'", " more\n"]),
     "weight of no term": (["train", "--objective", "ban", "--label-weight", "1"], ["--label-weight", "no label term"]),
+    "weight 0": (["train", "--objective", "dkpp", "--kd-weight", "0"], ["--kd-weight", "nothing is left"]),
+    "empty out": (["train", "--out", ""], ["--out must not be empty"]),
+    "empty data": (["train", "--data="], ["--data must not be empty"]),
+    "empty run": (["evaluate", ""], ["RUN must not be empty"]),
+    "empty report": (["report", "x", "--out", ""], ["--out must not be empty"]),
+    "empty dataset": (["prepare", ""], ["DATA must not be empty"]),
     "two bases": (["train", "--recipe", "demo", "--config", "x.json"], ["--config and --recipe"]),
     "config missing": (["train", "--config", "x.json"], ["--config: there is no file x.json"]),
     "config a directory": (["train", "--config", "."], ["--config: . is a directory; name its config.json"]),
@@ -102,6 +108,7 @@ def test_an_unknown_dataset_directory(call: Call, tmp_path: Path) -> None:
         ('{"batch_size": 0}', "batch_size: must be at least 1, got 0"),
         ('{"batch_size": "64"}', "batch_size: must be int, got '64'"),
         ("\ud800", "is not a configuration in JSON"),
+        ("[" * 100_000, "is not a configuration in JSON"),
     ],
 )
 @pytest.mark.parametrize("command", [("train", "--config"), ("evaluate",), ("report",), ("train", "--resume", "--out")])

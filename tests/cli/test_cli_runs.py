@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cli_calls import SMALL, Call, tree
 
+from ban_fast import recipes
 from ban_fast.cli import main
 
 
@@ -54,6 +55,14 @@ def test_a_run_without_a_name_goes_to_runs(call: Call, tmp_path: Path) -> None:
     assert directory.name.startswith("demo-2")
     assert call("train", *SMALL, "--generations", "0").status == 0
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_recipe_of_a_file_is_no_path(call: Call, tmp_path: Path) -> None:
+    stored = recipes.get("demo").to_dict() | {"recipe": "../../up\n"}
+    (tmp_path / "c.json").write_text(json.dumps(stored))
+    assert call("train", "--config", "c.json", *SMALL).status == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.startswith("_.._up_-")
 
 
 def test_resuming_a_finished_run_prints_its_table_and_changes_nothing(call: Call, run: Path) -> None:

@@ -109,7 +109,7 @@ class Generation:
             group["lr"] = rate
         with torch.autocast(self.device.type, _AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off"):
             teacher_logits = None if self.teacher is None else self.teacher.logits(batch.images)
-            logits = self.forward(batch.images)
+            logits = self._logits(batch.images)
         terms = self.objective(logits, teacher_logits, batch, self.step_on_device)
         torch.autograd.backward(self.scaler.scale(terms.loss))
         self.scaler.step(self.optimizer)
@@ -123,6 +123,18 @@ class Generation:
         self._unsaved = True
         if self.device.type == "cpu" or self.step % _STEPS_BETWEEN_CHECKS == 0:
             self._check_loss()
+
+    def _logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
+        try:
+            return self.forward(images)
+        except ValueError as error:
+            if len(images) > 1:
+                raise
+            problem = str(error).partition("\n")[0]  # batch normalisation has no variance of one value
+            raise UserError(
+                f"the network cannot be trained on a batch of one sample ({problem}): choose another batch size, or "
+                "drop_last=True in your own DataLoader"
+            ) from error
 
     def _close_epoch(self) -> None:
         if self.epoch == 0:
@@ -175,8 +187,12 @@ class Generation:
         by = "at" if self.device.type == "cpu" else "by"
         return UserError(
             f"{what} is not finite in generation {self.number}, epoch {self.epoch + (1 if self.batch else 0)}, "
-            f"{by} step {self.step}: lower --lr (it is {self.config.optimizer.lr})"
+            f"{by} step {self.step}: lower --lr (it is {self.config.optimizer.lr}){self._elsewhere()}"
         )
+
+    def _elsewhere(self) -> str:
+        """A run with another learning rate is another run."""
+        return "" if self.files is None else ", with another --out"
 
     def _is_due(self) -> bool:
         return self._can_save() and time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds

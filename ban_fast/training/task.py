@@ -61,6 +61,11 @@ def with_own(config: Config, model: ModelFactory | None, train: Samples | None, 
     """The configuration on record where the caller brings a network or data of their own."""
     if train is None and any(other is not None for other in others):
         raise UserError("test= and validation= go with train=: pass the training data too")
+    if isinstance(model, nn.Module) or (model is not None and not callable(model)):
+        raise UserError(
+            f"model= must be a function that builds a new network for each generation, got a {type(model).__name__}; "
+            "lambda: YourNetwork(...) is one"
+        )
     if model is not None:
         config = dataclasses.replace(config, model=ModelConfig(name=CUSTOM))
     elif config.model.name == CUSTOM:
@@ -248,7 +253,10 @@ def _own_classes(sources: list[Samples | None]) -> int:
 
 def _tensors(samples: Any) -> tuple[Tensor, Tensor]:
     if not (isinstance(samples, (tuple, list)) and len(samples) == 2 and all(isinstance(t, Tensor) for t in samples)):
-        raise UserError(f"data must be two tensors (x, y) or a DataLoader, got {type(samples).__name__}")
+        got = (
+            [type(part).__name__ for part in samples] if isinstance(samples, (tuple, list)) else type(samples).__name__
+        )
+        raise UserError(f"data must be two tensors (x, y) or a DataLoader, got {got}; torch.as_tensor makes tensors")
     return samples[0], samples[1]
 
 
@@ -257,6 +265,9 @@ def _factory(config: ModelConfig, classes: int, shape: tuple[int, ...]) -> Model
         raise UserError(
             f"{config.name} takes images [C, H, W], got samples of shape {list(shape)}; pass your own model="
         )
+    for known in ("name", "num_classes"):
+        if known in config.options:
+            raise OptionError("model.options", f"{known} is not an option: it is known already; leave it out")
     options = {"in_channels": shape[0], **config.options}
     if models.needs_image_size(config.name):
         options.setdefault("image_size", shape[1])
@@ -277,7 +288,9 @@ def _output_width(network: nn.Module, shape: tuple[int, ...], device: torch.devi
     blank = torch.zeros(2, *shape, device=device)
     try:
         logits = network.eval()(blank)
-    except RuntimeError as error:
+    except UserError:
+        raise
+    except Exception as error:  # as libraries' networks see fit: RuntimeError, AssertionError (timm), ValueError, more
         raise UserError(f"the network does not take samples of shape {list(shape)}: {_first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -286,7 +299,7 @@ def _output_width(network: nn.Module, shape: tuple[int, ...], device: torch.devi
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _count(loader: Loader) -> int | None:

@@ -534,6 +534,16 @@ def test_labels_are_checked() -> None:
 # What can't be
 
 
+class Picky(nn.Linear):
+    """Refuses images as libraries' networks do, by an assertion."""
+
+    def __init__(self) -> None:
+        super().__init__(36, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("too small\nand more")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -545,6 +555,10 @@ def test_labels_are_checked() -> None:
         ({"model": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))}, "has 3 classes, the data have 4"),
         ({"model": lambda: nn.Flatten()}, "nothing to train"),
         ({"model": lambda: 7}, "must return a torch.nn.Module, got int"),
+        ({"model": nn.Flatten()}, "a function that builds a new network for each generation, got a Flatten"),
+        ({"model": "wrn-28-1"}, "a function that builds a new network for each generation, got a str"),
+        ({"model": Picky}, r"does not take samples of shape \[1, 6, 6\]: too small"),
+        ({"train": (samples(IMAGES, 0)[0].numpy(), samples(IMAGES, 0)[1])}, r"got \['ndarray', 'Tensor'\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -553,6 +567,25 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(changes: dict[str, Any
         run(config(), out=tmp_path / "run", **own(**changes))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_batch_normalisation_of_one_sample() -> None:
+    """The last batch of a DataLoader without drop_last."""
+    x, y = samples(BATCH + 1, 0)
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 4))
+
+    with pytest.raises(UserError, match=r"a batch of one sample.*drop_last=True"):
+        run(config(), model=network, train=DataLoader(TensorDataset(x, y), batch_size=BATCH))
+    run(config(), model=network, train=DataLoader(TensorDataset(x, y), batch_size=BATCH, drop_last=True))
+
+
+@pytest.mark.parametrize("option", ["name", "num_classes"])
+def test_options_that_are_known_already(option: str) -> None:
+    settings = config(model=ModelConfig(name="mlp-8", options={option: 3}), data=DataConfig(limit_train=20))
+    with pytest.raises(OptionError, match=f"model.options: {option} is not an option"):
+        run(settings)
 
 
 def test_options_of_the_built_in_data_are_not_silently_ignored() -> None:
@@ -585,7 +618,7 @@ def test_no_cuda_device() -> None:
 @pytest.mark.parametrize("lr", [1e20, 1e38])
 def test_a_loss_that_is_not_finite(lr: float, tmp_path: Path) -> None:
     settings = config(optimizer=OptimizerConfig(lr=lr, schedule="constant"), checkpoint_seconds=0.0)
-    with pytest.raises(UserError, match=r"not finite.*lower --lr") as caught:
+    with pytest.raises(UserError, match=r"not finite.*lower --lr.*with another --out") as caught:
         run(settings, out=tmp_path, **own())
     assert "generation 0, epoch 1, at step" in str(caught.value)
     state = tmp_path / "generation-0" / "state.pt"

@@ -25,6 +25,7 @@ _REMEDIES = {
     errno.EROFS: "choose another place",
     errno.EACCES: "choose another place, or change its permissions",
     errno.EPERM: "choose another place, or change its permissions",
+    errno.EEXIST: "choose another name",
     errno.ENOTDIR: "a part of this path is a file; choose another place",
     errno.EISDIR: "name a file, not a directory",
     errno.ENAMETOOLONG: "choose a shorter name",

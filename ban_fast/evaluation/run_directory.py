@@ -11,6 +11,13 @@ CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 MODEL, METRICS, STATE = "model.safetensors", "metrics.jsonl", "state.pt"
 RESULTS_FORMAT = 1
 
+# What to do about a file that is not as the run left it.
+_REMEDIES = {
+    CONFIG: "put it back",
+    ENVIRONMENT: f"put it back, or repeat the run with --config {CONFIG} and another --out",
+    RESULTS: "delete it, and `ban-fast train --resume` makes it again from the checkpoints",
+}
+
 
 class RunDirectory:
     """What a run left: config.json, environment.json, results.json, and a folder generation-N for each generation.
@@ -51,7 +58,11 @@ class RunDirectory:
             or not all(isinstance(record, dict) for record in generations + ensembles)
             or [record.get("generation") for record in generations] != list(range(len(generations)))
         ):
-            raise UserError(f"{self.path / RESULTS} is corrupted: it does not list generations 0, 1, ...")
+            raise self._corrupted(RESULTS, "it does not list generations 0, 1, ...")
+        tested = ["test" in record for record in generations + ensembles]
+        votes = all(_is_vote(record, len(generations)) for record in ensembles)
+        if not votes or len(set(tested)) > 1 or (any(tested) and not all(map(_has_figures, generations + ensembles))):
+            raise self._corrupted(RESULTS, "a record in it has not the figures that a run writes")
         return results
 
     def generations(self) -> list[int]:
@@ -64,7 +75,7 @@ class RunDirectory:
     def metrics(self, generation: int) -> list[dict[str, Any]]:
         """metrics.jsonl of one generation, a record an epoch. A last line that a killed run cut short is left out."""
         path = self.generation(generation) / METRICS
-        lines = _read(path).split("\n")
+        lines = _read(path, "put it back").split("\n")
         records = []
         for number, line in enumerate(lines[:-1], start=1):
             try:
@@ -83,20 +94,50 @@ class RunDirectory:
     def _object(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            value = json.loads(_read(path))
+            value = json.loads(_read(path, _REMEDIES[name]))
         except (ValueError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is cut short or corrupted: not JSON") from error
+            raise UserError(f"{path} is cut short or corrupted: not JSON; {_REMEDIES[name]}") from error
         if not isinstance(value, dict):
-            raise UserError(f"{path} is corrupted: not a JSON object")
+            raise self._corrupted(name, "not a JSON object")
         return value
 
+    def _corrupted(self, name: str, problem: str) -> UserError:
+        return UserError(f"{self.path / name} is corrupted: {problem}; {_REMEDIES[name]}")
 
-def _read(path: Path) -> str:
+
+def _read(path: Path, remedy: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is corrupted: not UTF-8 text") from error
+        raise UserError(f"{path} is corrupted: not UTF-8 text; {remedy}") from error
+
+
+def _is_vote(record: dict[str, Any], generations: int) -> bool:
+    members = record.get("members")
+    return (
+        isinstance(members, list)
+        and all(type(member) is int and 0 <= member < generations for member in members)
+        and record.get("average") in ("probabilities", "logits")
+    )
+
+
+def _has_figures(record: dict[str, Any]) -> bool:
+    """Whether a record has its test figures as numbers, and its reliability as lists of as many."""
+    test, bins = record.get("test"), record.get("reliability")
+    if not (isinstance(test, dict) and isinstance(bins, dict)):
+        return False
+    lists = [bins.get(name) for name in ("count", "confidence", "accuracy")]
+    return (
+        all(_is_number(test.get(name)) for name in ("error", "nll", "ece"))
+        and all(isinstance(values, list) and all(map(_is_number, values)) for values in lists)
+        and len({len(values) for values in lists if values}) == 1
+        and sum(lists[0] or []) > 0
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

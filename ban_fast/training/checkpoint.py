@@ -104,16 +104,19 @@ def load_model(path: Path, network: nn.Module, sha256: str | None = None) -> Non
 
     UserError where the file is missing, damaged, not the one with that SHA-256, or of another network.
     """
+    remedy = "put it back, or delete results.json, and `ban-fast train --resume` makes both again from the checkpoints"
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from error
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # SafetensorError, and what torch says of a header that is nonsense
-        raise UserError(f"{path} is cut short or corrupted: not safetensors") from error
+        raise UserError(f"{path} is cut short or corrupted: not safetensors; {remedy}") from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is not the file that the run wrote: its SHA-256 differs from the one in results.json")
+        raise UserError(
+            f"{path} is not the file that the run wrote: its SHA-256 differs from the one in results.json; {remedy}"
+        )
     wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:

@@ -59,7 +59,10 @@ class Journal:
         try:
             with open(self.path, "ab") as file:
                 if file.tell() < length:
-                    raise UserError(f"{self.path} is cut short: the checkpoint beside it knows {length} bytes of it")
+                    raise UserError(
+                        f"{self.path} is cut short: the checkpoint beside it knows {length} bytes of it; delete the "
+                        "checkpoint to train its generation again from the start"
+                    )
                 file.truncate(length)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,25 @@ from ban_fast.errors import UserError
 from ban_fast.evaluation import RunDirectory
 
 RESULTS = {"format": 1, "generations": [{"generation": 0}, {"generation": 1}], "ensembles": []}
+
+
+def results(average: str = "logits", members: Any = (0,), **changes: Any) -> bytes:
+    """results.json of a teacher and an ensemble of it alone, with some figure replaced."""
+    test = {"error": 1.0, "nll": 0.1, "ece": 0.0}
+    bins = {"count": [4], "confidence": [0.9], "accuracy": [1.0]}
+    for name, value in changes.items():
+        (test if name in test else bins)[name] = value
+    figures = {"test": test, "reliability": bins}
+    vote = {"members": list(members), "average": average}
+    return json.dumps(
+        {"format": 1, "generations": [{"generation": 0} | figures], "ensembles": [vote | figures]}
+    ).encode()
+
+
+def test_figures_of_a_run(path: Path) -> None:
+    """The file that `test_damaged_results` damages is a good one."""
+    (path / "results.json").write_bytes(results())
+    assert len(RunDirectory(path).results()["ensembles"]) == 1
 
 
 @pytest.fixture
@@ -65,6 +85,14 @@ def test_what_is_no_run_directory(tmp_path: Path) -> None:
         (b'{"format": 1, "generations": [{"generation": 1}], "ensembles": []}', "does not list generations"),
         (b'{"format": 1, "generations": [7], "ensembles": []}', "does not list generations"),
         (b'{"format": 1, "generations": [], "ensembles": [7]}', "does not list generations"),
+        (results(error="low"), "has not the figures"),
+        (results(ece=None), "has not the figures"),
+        (results(count=[1, 2]), "has not the figures"),
+        (results(accuracy="x"), "has not the figures"),
+        (results(count=[0]), "has not the figures"),
+        (results(members=[0, 1]), "has not the figures"),
+        (results(average="median"), "has not the figures"),
+        (results().replace(b'"test"', b'"tests"', 1), "has not the figures"),
     ],
 )
 def test_damaged_results(path: Path, content: bytes, said: str) -> None:
@@ -72,6 +100,7 @@ def test_damaged_results(path: Path, content: bytes, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         RunDirectory(path).results()
     assert "results.json" in str(caught.value)
+    assert "delete it" in str(caught.value) or "this version reads 1" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -286,8 +286,22 @@ def test_missing_weights_and_short_metrics(begun: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl is cut short"):
         resume(begun)
     (begun / "generation-0" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors: No such file.*delete results\.json"):
         resume(begun)
+
+
+def test_what_the_messages_advise_is_true(begun: Path, tmp_path: Path) -> None:
+    """Weights lost: without results.json they are made again. Metrics lost: so they are without the checkpoint."""
+    (begun / "generation-0" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"delete results\.json"):
+        resume(begun)
+    (begun / "results.json").unlink()
+    (begun / "generation-1" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="delete the checkpoint"):
+        resume(begun)
+    (begun / "generation-1" / "state.pt").unlink()
+    resume(begun)
+    assert footprint(begun) == uninterrupted(config(), tmp_path / "whole", **own())
 
 
 def test_results_can_be_made_again_from_the_checkpoints(begun: Path, tmp_path: Path) -> None:

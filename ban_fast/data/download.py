@@ -1,5 +1,6 @@
 """Downloads of the published archives: checked against their sums, then unpacked in one piece or not at all."""
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -38,6 +39,7 @@ def fetch(published: Published, directory: Path, progress: Progress | None = Non
         cifar.read(published, there)
         return there
     parent = directory.parent if directory.name == published.directory else directory
+    missing = [place for place in (parent, *parent.parents) if not place.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ban-fast-", dir=parent) as scratch:
@@ -47,11 +49,16 @@ def fetch(published: Published, directory: Path, progress: Progress | None = Non
             _unpack(published, archive, unpacked)
             cifar.read(published, unpacked)
             os.replace(unpacked, parent / published.directory)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {published.name} to {parent}: {error.strerror or error}; "
-            "make room there or name another place with --data-dir"
-        ) from None
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            for place in missing:
+                place.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot write {published.name} to {parent}: {error.strerror or error}; "
+                "make room there or name another place with --data-dir"
+            ) from None
+        raise
     return parent / published.directory
 
 

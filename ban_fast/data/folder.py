@@ -46,6 +46,8 @@ def read(directory: Path, image_size: int) -> Source:
     if unknown:
         raise UserError(f"{directory / 'test' / unknown[0]} is a class that {directory / 'train'} hasn't; add it there")
     classes = tuple(sorted(train))
+    if len(classes) < 2:
+        raise UserError(f"{directory / 'train'} has one class, {classes[0]}; nothing to tell it from: add another")
     return Source(
         classes=classes,
         mean=None,

@@ -49,7 +49,7 @@ def error_by_generation(config: Record, results: Record) -> Figure:
         axes.set_xlabel("generation (0: teacher)")
     axes.set_ylabel("test error (%)")
     axes.margins(y=0.15)
-    style.legend(drawn, axes, 2)
+    style.legend(drawn, [axes], 2)
     return drawn
 
 
@@ -127,7 +127,7 @@ def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequen
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter("{x:g}")
         right.yaxis.set_minor_formatter(NullFormatter())
-    style.legend(drawn, left, min(len(curves), 10))
+    style.legend(drawn, [left], min(len(curves), 10))
     return drawn
 
 
@@ -149,7 +149,7 @@ def reliability(config: Record, results: Record) -> Figure:
         above.set_title(f"{name}\nECE {100 * record['test']['ece']:.1f} %", size=10, color=style.INK)
     grid[0][0].set_ylabel("accuracy (%)")
     grid[1][0].set_ylabel("images (%)")
-    style.legend(drawn, grid[0][0], 4 if len(chosen) > 2 else 2)
+    style.legend(drawn, list(grid[0]), 4 if len(chosen) > 2 else 2)
     return drawn
 
 
@@ -162,6 +162,8 @@ def _accuracy(axes: Axes, record: Record) -> None:
         ([i for i, (count, _, _) in enumerate(bins) if count >= _FEW], 0.9, "accuracy in a bin"),
         ([i for i, (count, _, _) in enumerate(bins) if 0 < count < _FEW], 0.3, f"the same, under {_FEW} images"),
     ):
+        if not shown:  # a legend's entry of no bar would have a colour of its own
+            continue
         centers = [(i + 0.5) * width for i in shown]
         axes.bar(centers, [100 * bins[i][2] for i in shown], width * 0.9, color=style.BLUE, alpha=alpha, label=name)
     filled = [(100 * confidence, 100 * accuracy) for count, confidence, accuracy in bins if count]

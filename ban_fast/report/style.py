@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -44,10 +45,21 @@ def quiet(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def legend(made: Figure, axes: Axes, columns: int) -> None:
-    """The legend of `axes` below everything, without a box."""
-    handles, labels = axes.get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
+def legend(made: Figure, axes: Sequence[Axes], columns: int) -> None:
+    """One legend of all `axes` below everything, without a box; a label that several have is there once."""
+    entries: dict[str, Artist] = {}
+    for each in axes:
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    made.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
 
 
 def generation_colors(count: int) -> list[str]:

@@ -45,6 +45,13 @@ def test_classes_labels_and_pixels(pets: Path) -> None:
             assert image[0, 0].tolist() == [100 * label, 50, b]
 
 
+def test_one_class_is_not_enough(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        save(tmp_path / part / "cat" / "x.png")
+    with pytest.raises(UserError, match=r"has one class, cat; .* add another"):
+        data.load(tmp_path)
+
+
 def test_constants_are_those_of_the_images_trained_on(pets: Path) -> None:
     d = data.load(pets)
     pixels = d.train.images.double().view(-1, 3)

@@ -132,6 +132,19 @@ def test_reliability_shows_teacher_last_student_and_largest_ensemble(make_run: M
     assert sum(bar.get_height() for bar in lower[1].patches) == pytest.approx(100)  # type: ignore[attr-defined]
 
 
+def test_the_legend_of_reliability_names_what_is_drawn(make_run: MakeRun) -> None:
+    """Bins of few images are pale, and are in the legend whichever network has them, and only then."""
+    run = make_run(recipes.get("demo"), [2.78, 2.22])
+    results = run.results()
+    for record, counts in zip(results["generations"], ([0, 50], [4, 46]), strict=True):
+        record["reliability"] = {"count": counts, "confidence": [0.3, 0.9], "accuracy": [0.4, 0.8]}
+    for shown, pale in ((results["generations"], 1), (results["generations"][:1], 0)):
+        figure = figures.reliability(run.config(), {"generations": shown, "ensembles": []})
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert texts.count("the same, under 10 images") == pale
+        assert texts.count("accuracy in a bin") == texts.count("calibrated") == 1
+
+
 def test_an_unfinished_run_draws_what_is_there(make_run: MakeRun, tmp_path: Path) -> None:
     begun = make_run(recipes.get("demo"), [], begun=1)
     assert [path.name for path in report.plots(begun, tmp_path)] == ["learning-curves.png"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
 from ban_fast.backends.permutation import permutation
-from ban_fast.backends.reference_rows import kd_rows, label_rows, log_probability, max_probability
+from ban_fast.backends.reference_rows import kd_rows, label_rows, log_probability, max_probability, probabilities
 
 
 @torch.no_grad()
@@ -114,8 +114,7 @@ def dkpp_targets(
     rows = _rows(shape, teacher.shape[0], None, teacher_rows, 0, teacher.device)
     target = teacher if rows.teacher is None else teacher[rows.teacher]
     target = _permuted(target.to(_acc(teacher)), sample_ids, step, seed)
-    targets = ((target - target.amax(dim=1, keepdim=True)) / temperature).softmax(dim=1)
-    return torch.where(rows.sound.unsqueeze(1), targets, torch.nan)
+    return torch.where(rows.sound.unsqueeze(1), probabilities(target, temperature), torch.nan)
 
 
 @torch.no_grad()

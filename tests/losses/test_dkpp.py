@@ -88,6 +88,14 @@ def test_multiset_and_argmax_are_kept(backend: str, dtype: torch.dtype) -> None:
             assert not torch.allclose(targets, probabilities)
 
 
+def test_targets_of_very_many_equal_logits(backend: str) -> None:
+    """As in test_cwtm: a plain fp32 sum of 16,130 terms that round alike is 8e-6 out."""
+    torch.manual_seed(1)
+    teacher = torch.randn(4, 16130).round()
+    expected = permuted(teacher, 0, 0, [0, 1, 2, 3]).double().softmax(1)
+    assert truth.relative_error(dkpp_targets(teacher, backend=backend), expected) < 1e-6
+
+
 def test_ties_keep_the_lowest_index(backend: str) -> None:
     teacher = torch.zeros(50, 6)
     teacher[:, 2] = teacher[:, 4] = 5.0

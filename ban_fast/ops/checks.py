@@ -1,6 +1,6 @@
 """Arguments of the losses, checked before anything is computed: ValueError that names the argument and what it was."""
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -11,18 +11,20 @@ DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64}
 DIVERGENCES = ("kl", "ce")
 REDUCTIONS = ("mean", "sum", "none")
 WEIGHTS_BY = ("teacher_max", "teacher_label")
+COLDEST, HOTTEST = 1e-18, 1e18
+"""Temperatures whose square and its inverse fp32 holds as normal numbers."""
 _INT64_END = 1 << 63
 
 
 def check_temperature(value: float) -> None:
-    """Finite and above 0."""
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"temperature: {value!r} is not a finite number above 0")
+    """A number from COLDEST to HOTTEST."""
+    if not isinstance(value, (int, float)) or not COLDEST <= value <= HOTTEST:
+        raise ValueError(f"temperature: {value!r} is not a number from {COLDEST} to {HOTTEST}")
 
 
 def check_weight(name: str, value: float) -> None:
     """Finite and not negative."""
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name}: {value!r} is not a finite number from 0 up")
 
 

@@ -103,7 +103,7 @@ def cwtm_loss(  # type: ignore[misc]  # the first overload passes its options on
     checks.check_teacher_rows(teacher_rows, student_logits)
     if normalizer is not None:
         checks.check_normalizer(normalizer, student_logits)
-        normalizer = normalizer.to(torch.float64 if student_logits.dtype == torch.float64 else torch.float32)
+        normalizer = normalizer.detach().to(torch.float64 if student_logits.dtype == torch.float64 else torch.float32)
     teacher = None if teacher_logits is None or confidence is not None else flat(teacher_logits)
     return evaluate(
         "cwtm",

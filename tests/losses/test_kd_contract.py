@@ -308,3 +308,19 @@ def test_many_rows(backend: str) -> None:
     loss, expected = kd_loss(student, teacher, backend=backend), truth.kd(student, teacher)
     assert truth.relative_error(loss, expected) < 1e-6
     assert truth.relative_error(truth.gradient(loss, student), truth.gradient(expected, student)) < 2e-6
+
+
+def test_the_coldest_and_the_hottest_temperatures(backend: str) -> None:
+    """Where T^2 and its inverse are just inside fp32. Hot: T^2 KL is half the variance of z - t, its gradient z - t
+    centred, over C. Cold: one-hot outputs, and T (q - p)."""
+    torch.manual_seed(13)
+    student, teacher = torch.randn(4, 6), torch.randn(4, 6)
+    hot, hot_grad = loss_and_gradient(student, teacher, temperature=1e18, reduction="sum", backend=backend)
+    centred = student - teacher - (student - teacher).mean(1, keepdim=True)
+    torch.testing.assert_close(hot, (centred**2).mean(1).sum() / 2)
+    torch.testing.assert_close(hot_grad, centred / 6)
+    cold, cold_grad = loss_and_gradient(student, teacher, temperature=1e-18, reduction="sum", backend=backend)
+    one_hot = [torch.nn.functional.one_hot(logits.argmax(1), 6) for logits in (student, teacher)]
+    gap = student.amax(1) - student.gather(1, teacher.argmax(1, keepdim=True)).squeeze(1)
+    torch.testing.assert_close(cold * 1e18, gap.sum())
+    torch.testing.assert_close(cold_grad * 1e18, (one_hot[0] - one_hot[1]).float())

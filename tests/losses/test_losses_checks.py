@@ -1,5 +1,7 @@
 """Wrong arguments: a ValueError, before anything is computed, that names the argument and what it was."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -18,9 +20,12 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": NAN}, "temperature: nan "),
     ({"temperature": INF}, "temperature: inf "),
     ({"temperature": "2"}, "temperature: '2' "),
+    ({"temperature": 1e-19}, "temperature: 1e-19 is not a number from 1e-18 to 1e[+]18$"),
+    ({"temperature": 10**400}, "temperature: 10+ is not"),
     ({"temperature": torch.tensor(2.0)}, r"temperature: tensor\(2.\) "),
     ({"kd_weight": -0.5}, "kd_weight: -0.5 "),
     ({"kd_weight": INF}, "kd_weight: inf "),
+    ({"kd_weight": 10**400}, "kd_weight: 10+ is not"),
     ({"label_weight": NAN}, "label_weight: nan "),
     ({"label_weight": None}, "label_weight: None "),
     ({"divergence": "kll"}, "divergence: 'kll' is unknown; did you mean 'kl'"),
@@ -159,6 +164,18 @@ def test_temperature_is_the_only_positional_option() -> None:
         KDLoss(4, 0.5)
     with pytest.raises(TypeError):
         CWTMLoss("teacher_max")
+
+
+@pytest.mark.parametrize(
+    "module", [KDLoss(4.0, reduction="sum"), CWTMLoss(weight_by="teacher_label"), DKPPLoss(2.0, seed=7)]
+)
+def test_modules_can_be_copied_and_pickled(module: torch.nn.Module) -> None:
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(again) == repr(module)
+        labels = torch.arange(4)
+        student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+        assert torch.equal(again(student, teacher, labels), module(student, teacher, labels))
+    assert not module.state_dict()
 
 
 def test_representation_shows_the_options() -> None:

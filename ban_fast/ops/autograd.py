@@ -38,7 +38,7 @@ def evaluate(
         chosen = dispatch.resolve(backend, student.device)
         output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, **options)
         kd, label = output.kd, output.label
-        loss = _Stored.apply(student_logits, output, chosen) if need_grad else output.loss
+        loss = _Stored.apply(student_logits, output, chosen, backend) if need_grad else output.loss
     if student_logits.dim() != 2:
         loss, kd, label = (_shaped(value, student_logits) for value in (loss, kd, label))
     return (loss, {"kd": kd, "label": label}) if return_terms else loss
@@ -68,16 +68,15 @@ class _Stored(torch.autograd.Function):
     """d loss / d student as forward left it, given away by backward after one scaling in place."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, output: LossOutput, backend: Backend) -> Tensor:
+    def forward(ctx: Any, student: Tensor, output: LossOutput, backend: Backend, name: str) -> Tensor:
         ctx.shape = student.shape
         ctx.stored = output.grad, output.grad_scale
-        ctx.backend = backend
+        ctx.backend, ctx.name = backend, name
         return output.loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("a ban_fast loss has no second derivative: call backward without create_graph=True")
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        _refuse_create_graph()
         if ctx.stored is None:
             raise RuntimeError(
                 "a second backward through one ban_fast loss: the first scaled its stored gradient in place and gave "
@@ -85,7 +84,17 @@ class _Stored(torch.autograd.Function):
             )
         grad, grad_scale = ctx.stored
         ctx.stored = None
-        return ctx.backend.scale_grad_(grad, grad_outputs[0], grad_scale).view(ctx.shape), None, None
+        if is_traced(grad_outputs[0]):  # compiled autograd: an eager forward may have a traced backward
+            grad_scale = grad_outputs[0].new_empty(0) if grad_scale is None else grad_scale
+            scaled = torch.ops.ban_fast.scale_grad(grad, grad_outputs[0], grad_scale, ctx.name)
+        else:
+            scaled = ctx.backend.scale_grad_(grad, grad_outputs[0], grad_scale)
+        return scaled.view(ctx.shape), None, None, None
+
+
+def _refuse_create_graph() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("a ban_fast loss has no second derivative: call backward without create_graph=True")
 
 
 def _evaluate_traced(
@@ -117,6 +126,8 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if not torch.compiler.is_compiling():  # compiled backwards refuse on their own
+            _refuse_create_graph()
         grad, grad_scale = ctx.saved_tensors
         return torch.ops.ban_fast.scale_grad(grad, grad_outputs[0], grad_scale, ctx.backend), None, None, None, None
 

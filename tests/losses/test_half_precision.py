@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ban_fast.losses import cwtm_loss, kd_loss
+from ban_fast.losses import cwtm_loss, dkpp_loss, kd_loss
 
 HALVES = [torch.float16, torch.bfloat16]
 KD = {"temperature": 3.5, "kd_weight": 0.7, "label_weight": 0.3}
@@ -69,6 +69,15 @@ def test_cwtm_rounds_once(backend: str, dtype: torch.dtype, weight_by: str) -> N
     one = torch.tensor(1.0)
     value = gradient(student, one, cwtm_loss, teacher, labels, **options)
     assert_exact(value, gradient(student.float(), one, cwtm_loss, teacher.float(), labels, **options).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_dkpp_rounds_once(backend: str, dtype: torch.dtype) -> None:
+    student, teacher, labels = case(dtype)
+    options = {**KD, "seed": 3, "step": 5, "backend": backend}
+    one = torch.tensor(1.0)
+    value = gradient(student, one, dkpp_loss, teacher, labels, **options)
+    assert_exact(value, gradient(student.float(), one, dkpp_loss, teacher.float(), labels, **options).to(dtype))
 
 
 def test_amp_loss_scale_finds_gradients_that_fp16_cannot_hold(backend: str) -> None:

@@ -146,3 +146,69 @@ def test_outputs_follow_the_inputs_and_not_the_default_device(backend: str, loss
     assert torch.equal(loss, expected)
     assert torch.equal(grad, truth.gradient(expected, student))
     assert torch.equal(targets, dkpp_targets(teacher, backend=backend))
+
+
+def test_a_student_inside_a_network_with_hooks_and_other_losses(backend: str, loss_function: Loss) -> None:
+    torch.manual_seed(3)
+    weight, x, teacher = torch.randn(7, 5, requires_grad=True), torch.randn(6, 7), torch.randn(6, 5)
+
+    def gradients(of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        student, seen = x @ weight, []
+        student.register_hook(lambda grad: seen.append(grad.clone()))
+        student.retain_grad()
+        (into_weight,) = torch.autograd.grad(of(student), weight)
+        return seen[0], into_weight
+
+    alone = gradients(lambda student: loss_function(student, teacher, LABELS, backend=backend))
+    other = gradients(lambda student: student.pow(2).mean())
+    both = gradients(
+        lambda student: 3 * loss_function(student, teacher, LABELS, backend=backend) - student.pow(2).mean()
+    )
+    for value, a, b in zip(both, alone, other, strict=True):
+        torch.testing.assert_close(value, 3 * a - b)
+
+
+def test_a_gradient_given_away_is_not_written_again(backend: str, loss_function: Loss) -> None:
+    student, teacher = logits()
+    loss = loss_function(student, teacher, LABELS, backend=backend)
+    (given,) = torch.autograd.grad(loss, student)
+    before = given.clone()
+    for _ in range(3):
+        loss_function(student, teacher + 1, LABELS, backend=backend).backward()
+    assert torch.equal(given, before)
+    given.zero_()  # nor does what its owner does with it reach anything of ours
+    again = truth.gradient(loss_function(student, teacher, LABELS, backend=backend), student)
+    assert torch.equal(again, before)
+
+
+def test_a_loss_changed_in_place(backend: str, loss_function: Loss) -> None:
+    student, teacher = logits()
+    once = truth.gradient(loss_function(student, teacher, LABELS, backend=backend), student)
+    loss = loss_function(student, teacher, LABELS, backend=backend)
+    loss.mul_(3)
+    torch.testing.assert_close(truth.gradient(loss, student), 3 * once)
+
+
+def test_backward_without_grad_mode_and_a_teacher_from_inference_mode(backend: str, loss_function: Loss) -> None:
+    student, teacher = logits()
+    expected = truth.gradient(loss_function(student, teacher, LABELS, backend=backend), student)
+    with torch.inference_mode():
+        frozen = teacher + 0
+    loss = loss_function(student, frozen, LABELS, backend=backend)
+    with torch.no_grad():
+        loss.backward()
+    assert torch.equal(student.grad, expected)
+
+
+class Subclass(Tensor):
+    """A tensor of a user's own kind: it goes by the dispatcher."""
+
+
+def test_a_subclass_of_tensor_as_student(backend: str, loss_function: Loss) -> None:
+    student, teacher = logits()
+    expected = truth.gradient(loss_function(student, teacher, LABELS, backend=backend), student)
+    other = student.detach().as_subclass(Subclass).requires_grad_()
+    loss = loss_function(other, teacher, LABELS, backend=backend)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, other, create_graph=True)
+    assert torch.equal(truth.gradient(loss, other).as_subclass(Tensor), expected)

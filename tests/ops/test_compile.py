@@ -126,6 +126,47 @@ def test_dynamic_batch_size() -> None:
     assert graphs == graphs[:1] * 3  # dynamo may start over in the first call, and compiles nothing after it
 
 
+@pytest.mark.parametrize("module", [KDLoss(2.0, reduction="none"), CWTMLoss(), DKPPLoss(2.0)])
+def test_a_batch_marked_dynamic_is_not_specialised(module: nn.Module) -> None:
+    """mark_dynamic is an error where the graph fixes what it marks."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for rows in (4, 6, 9):
+        inputs = torch.randn(rows, 5, requires_grad=True), torch.randn(rows, 5), torch.randint(5, (rows,))
+        for tensor in inputs:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        loss = compiled(*inputs)
+        loss.sum().backward()
+        assert torch.equal(loss, module(*inputs))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiled_autograd_traces_an_eager_loss(backend: str, dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    student, teacher = logits()
+    student = student.to(dtype).requires_grad_()
+    expected = torch.autograd.grad(2.5 * KDLoss(2.0, backend=backend)(student, teacher), student)[0]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        (2.5 * KDLoss(2.0, backend=backend)(student, teacher)).backward()
+    assert torch.equal(student.grad, expected)
+
+
+def test_a_second_derivative_is_refused_under_compile() -> None:
+    torch.compiler.reset()
+    student, teacher = logits()
+    student.requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def objective(student: Tensor, teacher: Tensor) -> Tensor:
+        return kd_loss(student, teacher) + student.pow(3).sum()
+
+    (grad,) = torch.autograd.grad(objective(student, teacher), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.sum().backward()
+
+
 class Step(nn.Module):
     """A student with its loss."""
 

@@ -1,4 +1,5 @@
-// The only file that knows Python: addresses, sizes and strides in, nothing owned. ban_fast/_native.pyi has the signatures.
+// The only file that knows Python: addresses, sizes and strides in, nothing owned. ban_fast/_native.pyi has the
+// signatures.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -32,11 +33,12 @@ auto without_gil(std::int64_t elements, Work work) {
 
 // What Python hands over, in tuples; null addresses where a tensor is not given.
 using MatrixArgs = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;  // data, dtype, rows, strides
-using SelectionArgs = std::tuple<std::int64_t, std::int64_t, Address, Address, std::int64_t>;  // rows, classes, labels,
-                                                                                               // teacher_rows, ignore_index
-using KeyArgs = std::tuple<std::uint64_t, std::uint64_t, Address>;            // seed, step, sample_ids
-using OptionsArgs = std::tuple<double, double, double, bool, bool, int>;      // as KDOptions
-using ResultArgs = std::tuple<Address, Address, Address, Address, Address>;   // as LossResult
+using SelectionArgs =
+    std::tuple<std::int64_t, std::int64_t, Address, Address, std::int64_t>;  // rows, classes, labels,
+                                                                             // teacher_rows, ignore_index
+using KeyArgs = std::tuple<std::uint64_t, std::uint64_t, Address>;           // seed, step, sample_ids
+using OptionsArgs = std::tuple<double, double, double, bool, bool, int>;     // as KDOptions
+using ResultArgs = std::tuple<Address, Address, Address, Address, Address>;  // as LossResult
 
 ban_fast::Matrix matrix(const MatrixArgs& args) {
   const auto [data, dtype, rows, row_stride, column_stride] = args;
@@ -66,16 +68,16 @@ ban_fast::LossResult result(const ResultArgs& args) {
 // (0, 0), or which index is out of range (1: label, 2: teacher row) and in which row.
 py::tuple report(ban_fast::Offence offence) { return py::make_tuple(int(offence.what), offence.row); }
 
-py::tuple kd(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows, const OptionsArgs& options,
-             const ResultArgs& to, int threads) {
+py::tuple kd(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows,
+             const OptionsArgs& options, const ResultArgs& to, int threads) {
   const ban_fast::Selection selected = selection(rows);
   return report(without_gil(selected.rows * selected.classes, [&] {
     return ban_fast::kd(matrix(student), matrix(teacher), selected, nullptr, kd_options(options), result(to), threads);
   }));
 }
 
-py::tuple dkpp(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows, const KeyArgs& permutation,
-               const OptionsArgs& options, const ResultArgs& to, int threads) {
+py::tuple dkpp(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows,
+               const KeyArgs& permutation, const OptionsArgs& options, const ResultArgs& to, int threads) {
   const ban_fast::Selection selected = selection(rows);
   const ban_fast::PermutationKey by = key(permutation);
   return report(without_gil(selected.rows * selected.classes, [&] {
@@ -84,29 +86,31 @@ py::tuple dkpp(const MatrixArgs& student, const MatrixArgs& teacher, const Selec
 }
 
 // confidence: [M, 1]; without data, c comes from the teacher.
-py::tuple cwtm(const MatrixArgs& student, const MatrixArgs& teacher, const MatrixArgs& confidence, const SelectionArgs& rows,
-               bool has_normalizer, double normalizer, bool by_label, const ResultArgs& to, int threads) {
+py::tuple cwtm(const MatrixArgs& student, const MatrixArgs& teacher, const MatrixArgs& confidence,
+               const SelectionArgs& rows, bool has_normalizer, double normalizer, bool by_label, const ResultArgs& to,
+               int threads) {
   const ban_fast::Selection selected = selection(rows);
   const ban_fast::Matrix logits = matrix(teacher), known = matrix(confidence);
   return report(without_gil(selected.rows * selected.classes, [&] {
-    return ban_fast::cwtm(matrix(student), known.data == nullptr ? &logits : nullptr, known.data == nullptr ? nullptr : &known,
-                          has_normalizer ? &normalizer : nullptr, by_label, selected, result(to), threads);
+    return ban_fast::cwtm(matrix(student), known.data == nullptr ? &logits : nullptr,
+                          known.data == nullptr ? nullptr : &known, has_normalizer ? &normalizer : nullptr, by_label,
+                          selected, result(to), threads);
   }));
 }
 
-py::tuple dkpp_targets(const MatrixArgs& teacher, const SelectionArgs& rows, const KeyArgs& permutation, double temperature,
-                       Address targets, int threads) {
+py::tuple dkpp_targets(const MatrixArgs& teacher, const SelectionArgs& rows, const KeyArgs& permutation,
+                       double temperature, Address targets, int threads) {
   const ban_fast::Selection selected = selection(rows);
   return report(without_gil(selected.rows * selected.classes, [&] {
     return ban_fast::dkpp_targets(matrix(teacher), selected, key(permutation), temperature, at<void>(targets), threads);
   }));
 }
 
-void dkpp_permutation(Address argmax, std::int64_t rows, std::int64_t classes, const KeyArgs& permutation, Address sources,
-                      int threads) {
+void dkpp_permutation(Address argmax, std::int64_t rows, std::int64_t classes, const KeyArgs& permutation,
+                      Address sources, int threads) {
   without_gil(rows * classes, [&] {
-    ban_fast::dkpp_permutation(at<const std::int64_t>(argmax), rows, classes, key(permutation), at<std::int64_t>(sources),
-                               threads);
+    ban_fast::dkpp_permutation(at<const std::int64_t>(argmax), rows, classes, key(permutation),
+                               at<std::int64_t>(sources), threads);
   });
 }
 
@@ -144,5 +148,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", &ban_fast::instruction_set,
         "Instruction set of the CPU kernels; the environment variable BAN_FAST_ISA can name another that is there.");
   m.def("cuda_info", &cuda_info,
-        "What the CUDA part was built with: {built, runtime_version, architectures, devices}; {built: False} without it.");
+        "What the CUDA part was built with: {built, runtime_version, architectures, devices}; {built: False} without "
+        "it.");
 }

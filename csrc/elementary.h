@@ -6,8 +6,8 @@
 //   larger(a, b)           the larger of a number and a limit b; NaN where a is NaN
 //   magnitude(x)           |x|
 //   bits_of(x), from_bits  its bits as unsigned integers, and back
-// Everything sits in a namespace named after the instruction set that this file is compiled for: inline functions of one set
-// must never be merged by the linker with those of another.
+// Everything sits in a namespace named after the instruction set that this file is compiled for: inline functions of
+// one set must never be merged by the linker with those of another.
 #pragma once
 
 #include <cmath>
@@ -99,7 +99,8 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr float log2e = 0x1.715476p+0f;
-  // 1.5 * 2^23 rounds what is added to it to an integer; the exponent's bias beside it makes the sum's low bits those of 2^n.
+  // 1.5 * 2^23 rounds what is added to it to an integer; the exponent's bias beside it makes the sum's low bits those
+  // of 2^n.
   static constexpr float magic = 0x1.8p23f + 127.0f;
   static constexpr float ln2_hi = 0x1.62e4p-1f;  // 15 bits: n * ln2_hi is exact
   static constexpr float ln2_lo = 0x1.7f7d1cp-20f;
@@ -127,7 +128,8 @@ BAN_FAST_HD F exp_tail(F r) {
   }
 }
 
-// A divisor of logits. Dividing is multiplying by 1 / T held in two parts: within 0.51 ulp, at a tenth of a division's price.
+// A divisor of logits. Dividing is multiplying by 1 / T held in two parts: within 0.51 ulp, at a tenth of a division's
+// price.
 template <class T>
 struct Temperature {
   static constexpr bool kUnit = false;
@@ -162,7 +164,8 @@ BAN_FAST_HD F divide(F x, const Divisor& t) {
   }
 }
 
-// exp(x / T) for x <= 0: within 1 ulp, but where x / T < ExpConstants::floor it is the floor's (2.5e-38 in fp32). NaN stays NaN.
+// exp(x / T) for x <= 0: within 1 ulp, but where x / T < ExpConstants::floor it is the floor's (2.5e-38 in fp32). NaN
+// stays NaN.
 template <class F, class Divisor>
 BAN_FAST_HD F exp_above_floor(F x, const Divisor& t) {
   using K = ExpConstants<Scalar<F>>;
@@ -208,8 +211,9 @@ BAN_FAST_HD F expm1_minus_argument(F u) {
   if constexpr (sizeof(Scalar<F>) == sizeof(float)) {
     return u * u * poly(u, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120);
   } else {
-    return u * u * poly(u, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
-                        1.0 / 3628800);
+    return u * u *
+           poly(u, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
+                1.0 / 3628800);
   }
 }
 

@@ -1,4 +1,5 @@
-// The C++ API of the losses on the CPU: plain addresses, sizes and strides; nothing is owned, nothing allocated for the caller.
+// The C++ API of the losses on the CPU: plain addresses, sizes and strides; nothing is owned, nothing allocated for the
+// caller.
 //
 // "acc" is the arithmetic: double where the student (for targets: the teacher) is double, else float.
 #pragma once
@@ -52,7 +53,7 @@ struct LossResult {
   void* loss;
   void* kd;
   void* label;
-  void* gradient;    // [rows, C] contiguous in the student's dtype; null: forward only
+  void* gradient;     // [rows, C] contiguous in the student's dtype; null: forward only
   float* grad_scale;  // f16 students: the power of two that `gradient` still wants; else null
 };
 
@@ -63,14 +64,16 @@ struct Offence {
   std::int64_t row = 0;
 };
 
-// kd_weight * T^2 * KL(p_T || q_T) + label_weight * CE(q, labels); with a key, p is the teacher's row permuted by it (DKPP).
+// kd_weight * T^2 * KL(p_T || q_T) + label_weight * CE(q, labels); with a key, p is the teacher's row permuted by it
+// (DKPP).
 Offence kd(const Matrix& student, const Matrix& teacher, const Selection& selection, const PermutationKey* key,
            const KDOptions& options, const LossResult& result, int threads);
 
-// sum_s w_s CE_s with w_s = c_s / sum_u c_u. c is `confidence` [M] (its stride in elements) where that is given; otherwise the
-// largest probability of the teacher's row, or, `by_label`, its probability of the label. `normalizer`: stands for the sum.
-Offence cwtm(const Matrix& student, const Matrix* teacher, const Matrix* confidence, const double* normalizer, bool by_label,
-             const Selection& selection, const LossResult& result, int threads);
+// sum_s w_s CE_s with w_s = c_s / sum_u c_u. c is `confidence` [M] (its stride in elements) where that is given;
+// otherwise the largest probability of the teacher's row, or, `by_label`, its probability of the label. `normalizer`:
+// stands for the sum.
+Offence cwtm(const Matrix& student, const Matrix* teacher, const Matrix* confidence, const double* normalizer,
+             bool by_label, const Selection& selection, const LossResult& result, int threads);
 
 // The permuted distributions [rows, C], contiguous, acc.
 Offence dkpp_targets(const Matrix& teacher, const Selection& selection, const PermutationKey& key, double temperature,
@@ -84,8 +87,8 @@ void dkpp_permutation(const std::int64_t* argmax, std::int64_t rows, std::int64_
 void scale_gradient(void* gradient, DType dtype, std::int64_t rows, std::int64_t classes, const void* factors,
                     std::int64_t factor_stride, double scale, int threads);
 
-// The instruction set in use: "baseline", "avx2" or "avx512". BAN_FAST_ISA names one; std::invalid_argument where it is unknown
-// or this processor has it not.
+// The instruction set in use: "baseline", "avx2" or "avx512". BAN_FAST_ISA names one; std::invalid_argument where it is
+// unknown or this processor has it not.
 const char* instruction_set();
 
 }  // namespace ban_fast

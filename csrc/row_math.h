@@ -35,8 +35,8 @@ BAN_FAST_HD F relative_difference(Difference<F> i, Difference<F> r, const Diviso
   return divide((i.s - r.s) + (i.e - r.e), temperature);
 }
 
-// What a near row's elements need of its sums S = sum e^((t_i - t_r) / T) and A = sum e^((t_i - t_r) / T) (e^(d_i) - 1):
-// D = log1p(A / S), exp(-D) = S / (S + A), expm1(-D) = -A / (S + A).
+// What a near row's elements need of its sums S = sum e^((t_i - t_r) / T) and A = sum e^((t_i - t_r) / T) (e^(d_i) -
+// 1): D = log1p(A / S), exp(-D) = S / (S + A), expm1(-D) = -A / (S + A).
 template <class F>
 struct NearRow {
   F log_mass, exp_neg, expm1_neg;
@@ -49,8 +49,8 @@ BAN_FAST_HD NearRow<F> near_row(F s, F a) {
   return {log1p(a / s), s * inverse, F(0.0) - a * inverse};
 }
 
-// Whether the difference form holds for a row (false for NaN); otherwise it goes by log-sum-exp. Below kNearMass A's rounding
-// weighs more than the cancellation that the form avoids.
+// Whether the difference form holds for a row (false for NaN); otherwise it goes by log-sum-exp. Below kNearMass A's
+// rounding weighs more than the cancellation that the form avoids.
 BAN_FAST_HD bool is_near(double largest_d, double s, double a) {
   return largest_d <= kNearLimit && a >= (kNearMass - 1.0) * s;
 }
@@ -77,14 +77,15 @@ BAN_FAST_HD F divergence_term(Ratio<F> ratio) {
 template <class F>
 BAN_FAST_HD F far_term(F q, F p, Ratio<F> ratio) {
   const F u = ratio.log, zero = F(Scalar<F>(0));
-  const F term = select(magnitude(u) < F(Scalar<F>(kSeriesLimit)), p * expm1_minus_argument(u), ratio.minus_one - p * u);
+  const F term =
+      select(magnitude(u) < F(Scalar<F>(kSeriesLimit)), p * expm1_minus_argument(u), ratio.minus_one - p * u);
   return select(p == zero, q, select(term < zero, zero, term));
 }
 
 // ---- The label term --------------------------------------------------------------------------------------------
 
-// Cross-entropy with label y from R = sum over i != y of exp(z_i - m), e_y = exp(z_y - m), m = max z: no 1 - q_y, so exact
-// where the label is nearly certain. d/dz_i = exp(z_i - m) / (R + e_y), and -R / (R + e_y) for y.
+// Cross-entropy with label y from R = sum over i != y of exp(z_i - m), e_y = exp(z_y - m), m = max z: no 1 - q_y, so
+// exact where the label is nearly certain. d/dz_i = exp(z_i - m) / (R + e_y), and -R / (R + e_y) for y.
 BAN_FAST_HD double label_loss(double rest, double exp_y, double max_minus_y) {
   return max_minus_y == 0.0 ? log1p(rest) : log_of_sum(rest + exp_y) + max_minus_y;
 }
@@ -143,7 +144,8 @@ BAN_FAST_HD U round_key(RowKey<U> key, std::uint32_t i) {
   return mix(key.k0 ^ mix(key.k1 + U(i * kGolden)));
 }
 
-// One swap-or-not round on x < n: x and offset - x (modulo n) change places, or not, by one bit of a hash of the larger.
+// One swap-or-not round on x < n: x and offset - x (modulo n) change places, or not, by one bit of a hash of the
+// larger.
 template <class U>
 BAN_FAST_HD U swap_or_not(U x, U offset, U key, U n) {
   const U below = offset - x;
@@ -152,14 +154,15 @@ BAN_FAST_HD U swap_or_not(U x, U offset, U key, U n) {
   return select_if_negative(hash, partner, x);
 }
 
-// A mixed-radix Feistel network's shape: a * b >= n points, x = l * b + r. Two ranks of one column keep their distance with an
-// extra probability of b^(-rounds / 2): at n = 99 that shows in 2e5 samples of 6 rounds, in 3e9 of 10.
+// A mixed-radix Feistel network's shape: a * b >= n points, x = l * b + r. Two ranks of one column keep their distance
+// with an extra probability of b^(-rounds / 2): at n = 99 that shows in 2e5 samples of 6 rounds, in 3e9 of 10.
 struct FeistelShape {
   std::uint32_t n, a, b;
   int rounds;
   std::uint32_t inverse_b;  // ceil(2^32 / b)
 
-  explicit FeistelShape(std::uint32_t outputs) : n(outputs), a(outputs < 2 ? 1u : std::uint32_t(std::sqrt(double(outputs)))) {
+  explicit FeistelShape(std::uint32_t outputs)
+      : n(outputs), a(outputs < 2 ? 1u : std::uint32_t(std::sqrt(double(outputs)))) {
     b = outputs < 2 ? 1u : (n + a - 1) / a;
     rounds = outputs < 1000 ? kMostFeistelRounds : 8;
     inverse_b = std::uint32_t(((std::uint64_t(1) << 32) + b - 1) / b);

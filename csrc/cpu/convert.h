@@ -172,12 +172,8 @@ static const T* fetch_row(const Matrix& matrix, std::int64_t row, std::int64_t c
       convert_row(from, stride, classes, buffer);
       break;
     }
-    case DType::f16:
-      convert_row(static_cast<const Half*>(matrix.data) + offset, stride, classes, buffer);
-      break;
-    case DType::bf16:
-      convert_row(static_cast<const BFloat16*>(matrix.data) + offset, stride, classes, buffer);
-      break;
+    case DType::f16: convert_row(static_cast<const Half*>(matrix.data) + offset, stride, classes, buffer); break;
+    case DType::bf16: convert_row(static_cast<const BFloat16*>(matrix.data) + offset, stride, classes, buffer); break;
   }
   return buffer;
 }

@@ -16,7 +16,8 @@ struct Candidate {
 // Best first. `supported` asks for everything that the files are compiled with (CMakeLists.txt).
 const RowKernels& choose() {
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Candidate candidates[] = {
@@ -28,7 +29,8 @@ const RowKernels& choose() {
   std::string usable;
   for (const Candidate& candidate : candidates) {
     if (!candidate.supported) continue;
-    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == candidate.kernels->name) return *candidate.kernels;
+    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == candidate.kernels->name)
+      return *candidate.kernels;
     usable = candidate.kernels->name + (usable.empty() ? "" : ", " + usable);
   }
   throw std::invalid_argument("BAN_FAST_ISA is '" + std::string(wanted) + "'; this machine has: " + usable);

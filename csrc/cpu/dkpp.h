@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sweeps.h"
+#include "words.h"
 
 namespace ban_fast::BAN_FAST_ISA {
 
@@ -92,7 +93,8 @@ class RowPermuter {
     }
   }
 
-  // Both halves of a point fit in bytes: a round's function is a table of its b values, and 64 points look it up at once.
+  // Both halves of a point fit in bytes: a round's function is a table of its b values, and 64 points look it up at
+  // once.
   void feistel_byte_ranks(const std::uint32_t* keys, std::uint32_t* ranks) const {
     ByteTable tables[kMostFeistelRounds];
     const Words lane_number = lane_numbers<std::uint32_t>();
@@ -105,9 +107,8 @@ class RowPermuter {
     // Fewer than b points lie at or above n, all of them in the last l.
     const Bytes last_l(std::uint8_t(shape_.a - 1)), first_beyond(std::uint8_t(shape_.n - (shape_.a - 1) * shape_.b));
     const Bytes b(static_cast<std::uint8_t>(shape_.b)), zero(std::uint8_t(0)), one(std::uint8_t(1));
-    const auto is_beyond = [&](FeistelPoint<Bytes> point) BAN_FAST_LAMBDA {
-      return (point.l == last_l) & (point.r >= first_beyond);
-    };
+    const auto is_beyond = [&](FeistelPoint<Bytes> point)
+                               BAN_FAST_LAMBDA { return (point.l == last_l) & (point.r >= first_beyond); };
     for (std::uint32_t i = 0; i < shape_.n; i += kByteWays * Bytes::lanes) {
       FeistelPoint<Bytes> points[kByteWays];
 #pragma GCC unroll 2
@@ -137,13 +138,15 @@ class RowPermuter {
         store(l, points[way].l);
         store(r, points[way].r);
         for (int quarter = 0; quarter < Bytes::lanes; quarter += Words::lanes) {
-          store(ranks + i + way * Bytes::lanes + quarter, widened(l + quarter) * Words(shape_.b) + widened(r + quarter));
+          store(ranks + i + way * Bytes::lanes + quarter,
+                widened(l + quarter) * Words(shape_.b) + widened(r + quarter));
         }
       }
     }
   }
 
-  __attribute__((always_inline)) void feistel_bytes(FeistelPoint<Bytes> (&points)[kByteWays], const ByteTable* tables) const {
+  __attribute__((always_inline)) void feistel_bytes(FeistelPoint<Bytes> (&points)[kByteWays],
+                                                    const ByteTable* tables) const {
     const Bytes a(static_cast<std::uint8_t>(shape_.a)), b(static_cast<std::uint8_t>(shape_.b));
     for (int i = 0; i < shape_.rounds; i += 2) {
 #pragma GCC unroll 2
@@ -183,9 +186,7 @@ class RowPermuter {
 };
 
 // The class that a teacher's row keeps: the lowest index of its largest logit in fp32, whatever T is.
-BAN_FAST_HD std::int64_t kept_class(const float* row, std::int64_t classes) {
-  return row_peak(row, classes).index;
-}
+BAN_FAST_HD std::int64_t kept_class(const float* row, std::int64_t classes) { return row_peak(row, classes).index; }
 BAN_FAST_HD std::int64_t kept_class(const double* row, std::int64_t classes) {
   std::int64_t kept = 0;
   for (std::int64_t i = 1; i < classes; ++i) {
@@ -201,8 +202,8 @@ BAN_FAST_HD void gather_to(double* to, const double* from, Words index) {
   for (int lane = 0; lane < Words::lanes; ++lane) to[lane] = from[at[lane]];
 }
 
-// Calls take(class, sources) so that the classes from that one on take their values from the 16 classes `sources`; what is
-// beyond the last class is some class. `kept` is left out, and a later call may overrule what an earlier one said.
+// Calls take(class, sources) so that the classes from that one on take their values from the 16 classes `sources`; what
+// is beyond the last class is some class. `kept` is left out, and a later call may overrule what an earlier one said.
 template <class Take>
 BAN_FAST_HD void for_sources(const std::uint32_t* ranks, std::int64_t classes, std::int64_t kept, Take take) {
   const Words limit(static_cast<std::uint32_t>(kept)), last(static_cast<std::uint32_t>(classes - 2));
@@ -222,7 +223,8 @@ class TargetRows {
   static int scratch_rows(std::int64_t classes) { return 2 * at_once(classes); }
   static std::int64_t scratch_words(std::int64_t classes) { return at_once(classes) * RowPermuter::pitch(classes); }
 
-  TargetRows(const Matrix& teacher, const Selection& selection, const PermutationKey& key, const ScratchRows<T>& scratch)
+  TargetRows(const Matrix& teacher, const Selection& selection, const PermutationKey& key,
+             const ScratchRows<T>& scratch)
       : teacher_(teacher),
         selection_(selection),
         scratch_(scratch),
@@ -252,7 +254,9 @@ class TargetRows {
   static constexpr int kKeys = RowPermuter::kRows;
 
   // Swap-or-not wants many rows in flight, and they are short.
-  static int at_once(std::int64_t classes) { return classes <= std::int64_t(kFeistelFrom) ? kKeys : rows_at_once(classes); }
+  static int at_once(std::int64_t classes) {
+    return classes <= std::int64_t(kFeistelFrom) ? kKeys : rows_at_once(classes);
+  }
 
   const T* target(std::int64_t row, int k) const {
     const std::int64_t classes = selection_.classes;
@@ -260,9 +264,8 @@ class TargetRows {
     if (permuter_.is_identity()) return from;
     const std::int64_t kept = kept_class(from, classes);
     T* to = scratch_.row(2 * k + 1);
-    for_sources(scratch_.words() + k * pitch_, classes, kept, [&](std::int64_t at, Words sources) BAN_FAST_LAMBDA {
-      gather_to(to + at, from, sources);
-    });
+    for_sources(scratch_.words() + k * pitch_, classes, kept,
+                [&](std::int64_t at, Words sources) BAN_FAST_LAMBDA { gather_to(to + at, from, sources); });
     to[kept] = from[kept];
     return to;
   }

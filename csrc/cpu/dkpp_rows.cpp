@@ -7,7 +7,8 @@ namespace {
 template <class T>
 void target_rows_as(const TargetsJob& job, std::int64_t begin, std::int64_t end) {
   const std::int64_t classes = job.selection.classes;
-  const ScratchRows<T> scratch(classes, 1 + TargetRows<T>::scratch_rows(classes), TargetRows<T>::scratch_words(classes));
+  const ScratchRows<T> scratch(classes, 1 + TargetRows<T>::scratch_rows(classes),
+                               TargetRows<T>::scratch_words(classes));
   const Temperature<T> temperature(job.temperature);
   TargetRows<T> targets(job.teacher, job.selection, job.key, scratch.after(1));
   targets.visit(

@@ -14,7 +14,7 @@ struct KDRow {
   T *exp, *expm1, *difference, *label;
   double label_scale;
   bool streamed;
-  Upcoming upcoming;
+  Upcoming next_z, next_t;
 };
 
 struct KDSums {
@@ -34,7 +34,8 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
     Vec<T> z = load_some<tail>(row.z + i, left, z_r), t = load_some<tail>(row.t + i, left, t_r);
-    row.upcoming.prefetch(i * std::int64_t(sizeof(T)));
+    row.next_z.prefetch(i);
+    row.next_t.prefetch(i);
     [[maybe_unused]] typename Vec<T>::Mask counted;
     if constexpr (tail) counted = first_lanes<T>(left);
     if constexpr (kMasked) {
@@ -89,15 +90,17 @@ static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near,
   return divergence.value() * inverse;
 }
 
-// KL by log-sum-exp, and the gradient: where student and teacher are far apart, or one of them alone is -inf.
-template <bool kLabel, class T, class Divisor, class To>
-static double far_gradient(const KDRow<T> row, const Divisor temperature, double kd_scale, To* gradient) {
-  const Vec<T> lowest(-kInfinity<T>), zero(T(0));
+// KL by log-sum-exp: where student and teacher are far apart, or one of them alone is -inf. Leaves q - p in the row's
+// exp.
+template <class T>
+static double far_difference(const KDRow<T> row, const Temperature<T> temperature) {
+  const Vec<T> lowest(-kInfinity<T>);
   const Vec<T> z_max(row_maximum(row.z, row.classes)), t_max(row.t[row.reference]);
   LaneSum<T> q_sum, p_sum;
   const auto sum_body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
-    const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>), t = load_some<tail>(row.t + i, left, -kInfinity<T>);
+    const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>);
+    const Vec<T> t = load_some<tail>(row.t + i, left, -kInfinity<T>);
     const Vec<T> q = exp_quotient(z - z_max, temperature), p = exp_quotient(t - t_max, temperature);
     q_sum.add(q);
     p_sum.add(p);
@@ -111,38 +114,38 @@ static double far_gradient(const KDRow<T> row, const Divisor temperature, double
 
   const double s_q = q_sum.value(), s_p = p_sum.value();
   const Vec<T> q_scale(T(1 / s_q)), p_scale(T(1 / s_p)), log_ratio(T(log_of_sum(s_p) - log_of_sum(s_q)));
-  const Vec<T> scale(static_cast<T>(kd_scale)), label(static_cast<T>(row.label_scale));
   LaneSum<T> divergence;
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
-    const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>), t = load_some<tail>(row.t + i, left, -kInfinity<T>);
+    const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>);
+    const Vec<T> t = load_some<tail>(row.t + i, left, -kInfinity<T>);
     const Vec<T> q = load(row.expm1 + i) * q_scale, p = load(row.exp + i) * p_scale;
     const Vec<T> apart = divide((z - z_max) - (t - t_max), temperature);
     const Ratio<Vec<T>> ratio{select(z == lowest, lowest, apart + log_ratio), q - p};
     divergence.add(far_term(q, p, ratio));
-    if constexpr (!std::is_same_v<To, NoGradient>) {
-      Vec<T> g = ratio.minus_one * scale;
-      if constexpr (kLabel) g = madd(load(row.label + i), label, g);
-      put<tail>(gradient + i, g, left, row.streamed);
-    }
+    store(row.exp + i, ratio.minus_one);
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
   return divergence.value();
 }
 
 // Takes rows through the stages of the loss, up to kMostRowsAtOnce together.
-template <class T, class Divisor>
+template <class T>
 class KDRows {
  public:
   static int scratch_rows(std::int64_t classes) { return kBuffers * rows_at_once(classes); }
 
-  KDRows(const KDJob& job, const ScratchRows<T>& scratch, const Divisor& temperature, std::int64_t end)
-      : job_(job), scratch_(scratch), temperature_(temperature), most_(rows_at_once(job.selection.classes)), end_(end) {}
+  KDRows(const KDJob& job, const ScratchRows<T>& scratch, std::int64_t end)
+      : job_(job),
+        scratch_(scratch),
+        temperature_(job.temperature),
+        most_(rows_at_once(job.selection.classes)),
+        end_(end) {}
 
   // Row i, which counts, against `target`, or the teacher's row where that is null. Done at once or by flush().
   void add(std::int64_t i, const T* target) {
     const Selection& selection = job_.selection;
-    const std::int64_t classes = selection.classes, next = i + 1 < end_ && !selection.ignored(i + 1) ? i + 1 : i;
+    const std::int64_t classes = selection.classes, next = next_row(selection, i, end_);
     const int buffers = kBuffers * count_;
     KDRow<T>& row = rows_[count_];
     numbers_[count_++] = i;
@@ -156,23 +159,19 @@ class KDRows {
     row.difference = scratch_.row(buffers + 4);
     row.label = scratch_.row(buffers + 5);
     row.streamed = job_.gradient.streamed;
-    row.upcoming = Upcoming(job_.student, next, job_.teacher, selection.teacher_row(next));
+    row.next_z = Upcoming(job_.student, next);
+    row.next_t = Upcoming(job_.teacher, selection.teacher_row(next));
     if (count_ == most_) flush();
   }
 
   void flush() {
-    if (job_.label_values != nullptr) {
-      for (int k = 0; k < count_; ++k) {
-        const LabelRow label = label_row(rows_[k].z, rows_[k].classes, job_.selection.labels[numbers_[k]], rows_[k].label);
-        job_.label_values[numbers_[k]] = label.loss;
-        rows_[k].label_scale = job_.label_scale / label.total;
-      }
-    }
     KDSums sums[kMostRowsAtOnce];
     double s[kMostRowsAtOnce] = {}, a[kMostRowsAtOnce] = {};
+    if (job_.label_values != nullptr) {
+      for (int k = 0; k < count_; ++k) take_label(k);
+    }
     for (int k = 0; k < count_; ++k) {
-      sums[k] = row_sums<false>(rows_[k]);
-      if (std::isnan(sums[k].a)) sums[k] = row_sums<true>(rows_[k]);
+      sums[k] = row_sums(rows_[k]);
       s[k] = sums[k].s;
       a[k] = sums[k].a;
     }
@@ -183,11 +182,12 @@ class KDRows {
     store(expm1_neg, near.expm1_neg);
     for (int k = 0; k < count_; ++k) {
       const NearRow<T> scalars{T(log_mass[k]), T(exp_neg[k]), T(expm1_neg[k])};
+      double divergence = 0.0;
       with_gradient_row<T>(job_.gradient, numbers_[k], job_.selection.classes, [&](auto* gradient) BAN_FAST_LAMBDA {
-        const double divergence = distil(rows_[k], sums[k], scalars, gradient);
-        job_.kd_values[numbers_[k]] =
-            job_.entropy ? divergence + sums[k].h / sums[k].s + log_of_sum(sums[k].s) : divergence;
+        divergence = distil(rows_[k], sums[k], scalars, gradient);
       });
+      if (job_.entropy) divergence += sums[k].h / sums[k].s + log_of_sum(sums[k].s);
+      job_.kd_values[numbers_[k]] = divergence;
     }
     count_ = 0;
   }
@@ -195,37 +195,53 @@ class KDRows {
  private:
   static constexpr int kBuffers = 6;
 
-  template <bool kMasked>
+  void take_label(int k) {
+    KDRow<T>& row = rows_[k];
+    const LabelRow label = label_row(row.z, row.classes, job_.selection.labels[numbers_[k]], row.next_z, row.label);
+    job_.label_values[numbers_[k]] = label.loss;
+    row.label_scale = job_.label_scale / label.total;
+  }
+
   KDSums row_sums(const KDRow<T>& row) const {
-    return job_.entropy ? near_sums<kMasked, true>(row, temperature_) : near_sums<kMasked, false>(row, temperature_);
+    constexpr UnitTemperature<T> unit;
+    const bool is_unit = job_.temperature == 1.0;
+    KDSums sums;
+    if (job_.entropy) {
+      sums = is_unit ? near_sums<false, true>(row, unit) : near_sums<false, true>(row, temperature_);
+    } else {
+      sums = is_unit ? near_sums<false, false>(row, unit) : near_sums<false, false>(row, temperature_);
+    }
+    return std::isnan(sums.a) ? near_sums<true, true>(row, temperature_) : sums;
   }
 
   template <class To>
   double distil(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
-    if constexpr (!std::is_same_v<To, NoGradient>) {
+    const bool near = is_near(sums.largest_d, sums.s, sums.a);
+    NoGradient* const none = nullptr;
+    if constexpr (std::is_same_v<To, NoGradient>) {
+      return near ? near_gradient<false>(row, sums.s, scalars, 0.0, none) : far_difference(row, temperature_);
+    } else {
       const bool with_label = job_.label_values != nullptr && job_.label_scale != 0;
-      if (job_.kd_scale == 0) {
-        // A term without weight is left out: 0 times its NaN would be NaN.
-        write_row<T>(gradient, row.classes, row.streamed, [&](std::int64_t i) BAN_FAST_LAMBDA {
-          return with_label ? load(row.label + i) * Vec<T>(T(row.label_scale)) : Vec<T>(T(0));
-        });
-        return divergence<false>(row, sums, scalars, static_cast<NoGradient*>(nullptr));
+      const bool with_kd = job_.kd_scale != 0;  // a term without weight is left out: 0 times its NaN would be NaN
+      if (near && with_kd) {
+        return with_label ? near_gradient<true>(row, sums.s, scalars, job_.kd_scale, gradient)
+                          : near_gradient<false>(row, sums.s, scalars, job_.kd_scale, gradient);
       }
-      if (with_label) return divergence<true>(row, sums, scalars, gradient);
+      const double divergence =
+          near ? near_gradient<false>(row, sums.s, scalars, 0.0, none) : far_difference(row, temperature_);
+      const Vec<T> kd_scale(static_cast<T>(job_.kd_scale)), label_scale(static_cast<T>(row.label_scale));
+      write_row<T>(gradient, row.classes, row.streamed, [&](std::int64_t i) BAN_FAST_LAMBDA {
+        Vec<T> g = with_kd ? load(row.exp + i) * kd_scale : Vec<T>(T(0));
+        if (with_label) g = madd(load(row.label + i), label_scale, g);
+        return g;
+      });
+      return divergence;
     }
-    return divergence<false>(row, sums, scalars, gradient);
-  }
-
-  template <bool kLabel, class To>
-  double divergence(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
-    return is_near(sums.largest_d, sums.s, sums.a)
-               ? near_gradient<kLabel>(row, sums.s, scalars, job_.kd_scale, gradient)
-               : far_gradient<kLabel>(row, temperature_, job_.kd_scale, gradient);
   }
 
   const KDJob& job_;
   const ScratchRows<T>& scratch_;
-  const Divisor temperature_;
+  const Temperature<T> temperature_;
   const int most_;
   const std::int64_t end_;
   int count_ = 0;
@@ -233,15 +249,15 @@ class KDRows {
   std::int64_t numbers_[kMostRowsAtOnce];
 };
 
-template <class T, class Divisor>
-void kd_rows_with(const KDJob& job, const Divisor& temperature, std::int64_t begin, std::int64_t end) {
+template <class T>
+void kd_rows_as(const KDJob& job, std::int64_t begin, std::int64_t end) {
   const Selection& selection = job.selection;
   const std::int64_t classes = selection.classes;
   const bool permuted = job.key != nullptr;
-  const int own = KDRows<T, Divisor>::scratch_rows(classes);
+  const int own = KDRows<T>::scratch_rows(classes);
   const ScratchRows<T> scratch(classes, own + (permuted ? TargetRows<T>::scratch_rows(classes) : 0),
                                permuted ? TargetRows<T>::scratch_words(classes) : 0);
-  KDRows<T, Divisor> rows(job, scratch, temperature, end);
+  KDRows<T> rows(job, scratch, end);
   for (std::int64_t i = begin; i < end; ++i) {
     if (!selection.ignored(i)) {
       if (!permuted) rows.add(i, nullptr);
@@ -253,20 +269,10 @@ void kd_rows_with(const KDJob& job, const Divisor& temperature, std::int64_t beg
   }
   if (permuted) {
     TargetRows<T> targets(job.teacher, selection, *job.key, scratch.after(own));
-    targets.visit(
-        begin, end, [&](std::int64_t i, const T* target) { rows.add(i, target); }, [&] { rows.flush(); });
+    targets.visit(begin, end, [&](std::int64_t i, const T* target) { rows.add(i, target); }, [&] { rows.flush(); });
   }
   rows.flush();
   end_streaming();
-}
-
-template <class T>
-void kd_rows_as(const KDJob& job, std::int64_t begin, std::int64_t end) {
-  if (job.temperature == 1.0) {
-    kd_rows_with<T>(job, UnitTemperature<T>{}, begin, end);
-  } else {
-    kd_rows_with<T>(job, Temperature<T>(job.temperature), begin, end);
-  }
 }
 
 }  // namespace

@@ -17,10 +17,12 @@ void confidence_rows_as(const ConfidenceJob& job, std::int64_t begin, std::int64
     }
     const T* t = fetch_row(job.teacher, selection.teacher_row(row), classes, scratch.row(0));
     const T largest = row_maximum(t, classes);
+    const Upcoming next(job.teacher, selection.teacher_row(next_row(selection, row, end)));
     LaneSum<T> sum;
     for_vectors<T>(
         0, classes,
         [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+          next.prefetch(i);
           sum.add(exp_quotient(load_some<tail>(t + i, classes - i, -kInfinity<T>) - Vec<T>(largest), one));
         },
         [&]() BAN_FAST_LAMBDA { sum.end_block(); });
@@ -42,12 +44,14 @@ void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std
     }
     const T* z = fetch_row(job.student, row, classes, scratch.row(0));
     T* exp = scratch.row(1);
-    const LabelRow label = label_row(z, classes, selection.labels[row], exp);
+    const Upcoming next(job.student, next_row(selection, row, end));
+    const LabelRow label = label_row(z, classes, selection.labels[row], next, exp);
     job.values[row] = label.loss;
     const Vec<T> scale(T(job.weights[row] * job.scale / label.total));
     with_gradient_row<T>(job.gradient, row, classes, [&]<class To>(To* gradient) BAN_FAST_LAMBDA {
       if constexpr (!std::is_same_v<To, NoGradient>) {
-        write_row<T>(gradient, classes, job.gradient.streamed, [&](std::int64_t i) BAN_FAST_LAMBDA { return load(exp + i) * scale; });
+        write_row<T>(gradient, classes, job.gradient.streamed,
+                     [&](std::int64_t i) BAN_FAST_LAMBDA { return load(exp + i) * scale; });
       }
     });
   }

@@ -18,8 +18,8 @@ constexpr std::int64_t kPiece = 1 << 15;
 constexpr std::int64_t kPieces = 8;
 
 template <class Job>
-void run(void (*kernel)(const Job&, std::int64_t, std::int64_t), const Job& job, std::int64_t rows, std::int64_t classes,
-         int threads) {
+void run(void (*kernel)(const Job&, std::int64_t, std::int64_t), const Job& job, std::int64_t rows,
+         std::int64_t classes, int threads) {
   struct Context {
     void (*kernel)(const Job&, std::int64_t, std::int64_t);
     const Job& job;
@@ -75,7 +75,8 @@ Checked check(const Selection& selection, std::int64_t teacher_rows) {
   return checked;
 }
 
-// The largest power of two that keeps |gradient| <= bound within fp16, for f16 gradients; else 1. Its inverse goes to the caller.
+// The largest power of two that keeps |gradient| <= bound within fp16, for f16 gradients; else 1. Its inverse goes to
+// the caller.
 double storage_scale(const LossResult& result, DType dtype, double bound) {
   if (dtype != DType::f16 || result.grad_scale == nullptr) return 1.0;
   double scale = 1.0;
@@ -152,7 +153,8 @@ Offence kd(const Matrix& student, const Matrix& teacher, const Selection& select
 
 namespace {
 
-// w_s of every row, 0 where ignored, into `weights`, which holds log c_s (or c_s where `given`) for the rows that count.
+// w_s of every row, 0 where ignored, into `weights`, which holds log c_s (or c_s where `given`) for the rows that
+// count.
 void weigh(std::vector<double>& weights, const Selection& selection, bool given, const double* normalizer) {
   double largest = -std::numeric_limits<double>::infinity(), sum = 0.0;
   if (given || normalizer != nullptr) {
@@ -176,8 +178,8 @@ void weigh(std::vector<double>& weights, const Selection& selection, bool given,
 
 }  // namespace
 
-Offence cwtm(const Matrix& student, const Matrix* teacher, const Matrix* confidence, const double* normalizer, bool by_label,
-             const Selection& selection, const LossResult& result, int threads) {
+Offence cwtm(const Matrix& student, const Matrix* teacher, const Matrix* confidence, const double* normalizer,
+             bool by_label, const Selection& selection, const LossResult& result, int threads) {
   const Checked checked = check(selection, confidence != nullptr ? confidence->rows : teacher->rows);
   if (checked.offence.what != Offence::What::none) return checked.offence;
 

@@ -10,7 +10,8 @@ namespace ban_fast {
 struct Gradient {
   void* data;
   DType dtype;
-  // Written past the cache: it is larger than that, and its rows begin and end on cache lines. Saves reading what is overwritten.
+  // Written past the cache: it is larger than that, and its rows begin and end on cache lines. Saves reading what is
+  // overwritten.
   bool streamed = false;
 };
 
@@ -31,7 +32,7 @@ struct ConfidenceJob {
   Matrix teacher;
   Selection selection;
   bool acc_is_double;
-  bool by_label;  // the label's probability, not the largest
+  bool by_label;           // the label's probability, not the largest
   double* log_confidence;  // [rows] -inf in ignored rows
 };
 

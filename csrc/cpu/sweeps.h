@@ -1,4 +1,5 @@
-// Passes over one row that several losses share. A row is classes >= 1 values of the arithmetic type T with unit stride.
+// Passes over one row that several losses share. A row is classes >= 1 values of the arithmetic type T with unit
+// stride.
 #pragma once
 
 #include <type_traits>
@@ -24,8 +25,8 @@ BAN_FAST_HD int rows_at_once(std::int64_t classes) {
   return rows < 1 ? 1 : rows > kMostRowsAtOnce ? kMostRowsAtOnce : int(rows);
 }
 
-// Scratch of one thread: rows of T, each with room for a vector beyond its last, and 32-bit words. Long rows are kept some cache
-// lines apart, so that those of 2^n classes do not all fall on the same lines of the cache.
+// Scratch of one thread: rows of T, each with room for a vector beyond its last, and 32-bit words. Long rows are kept
+// some cache lines apart, so that those of 2^n classes do not all fall on the same lines of the cache.
 template <class T>
 class ScratchRows {
  public:
@@ -52,33 +53,31 @@ class ScratchRows {
   std::uint32_t* words_;
 };
 
-BAN_FAST_HD std::int64_t element_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+BAN_FAST_HD std::int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// The rows of both matrices that come next: work on this one hides the way of their lines from memory to the cache.
+// The row of a matrix that comes next: work on this one hides the way of its lines from memory to the cache.
 class Upcoming {
  public:
   Upcoming() = default;
-  __attribute__((always_inline)) Upcoming(const Matrix& student, std::int64_t row, const Matrix& teacher, std::int64_t teacher_row)
-      : student_(start(student, row)), teacher_(start(teacher, teacher_row)) {}
+  Upcoming(const Matrix& matrix, std::int64_t row)
+      : element_(element_size(matrix.dtype)),
+        row_(static_cast<const char*>(matrix.data) + row * matrix.row_stride * element_) {}
 
-  // The line `offset` bytes from the rows' beginnings.
-  __attribute__((always_inline)) void prefetch(std::int64_t offset) const {
-    BAN_FAST_ISA::prefetch(student_ + offset);
-    BAN_FAST_ISA::prefetch(teacher_ + offset);
-  }
+  // The line of element i, if the row is contiguous; if not, some line.
+  __attribute__((always_inline)) void prefetch(std::int64_t i) const { BAN_FAST_ISA::prefetch(row_ + i * element_); }
 
  private:
-  static const char* start(const Matrix& matrix, std::int64_t row) {
-    return static_cast<const char*>(matrix.data) + row * matrix.row_stride * element_size(matrix.dtype);
-  }
-
-  const char* student_;
-  const char* teacher_;
+  std::int64_t element_;
+  const char* row_;
 };
 
-// A sum of many terms: lanes add up a block of vectors in T, blocks go on in double, so that no fp32 sum has many terms.
+// The row after `row` in [0, end), where that counts; else `row` itself.
+BAN_FAST_HD std::int64_t next_row(const Selection& selection, std::int64_t row, std::int64_t end) {
+  return row + 1 < end && !selection.ignored(row + 1) ? row + 1 : row;
+}
+
+// A sum of many terms: lanes add up a block of vectors in T, blocks go on in double, so that no fp32 sum has many
+// terms.
 template <class T>
 struct LaneSum {
   Vec<T> block{T(0)};
@@ -95,8 +94,8 @@ struct LaneSum {
 
 inline constexpr int kBlockVectors = 16;
 
-// Calls body(i, tail) for the vectors of [begin, end), tail a constant: whether the vector is the last and cut short. end_block()
-// comes after every kBlockVectors or so, and at the end.
+// Calls body(i, tail) for the vectors of [begin, end), tail a constant: whether the vector is the last and cut short.
+// end_block() comes after every kBlockVectors or so, and at the end.
 template <class T, class Body, class EndBlock>
 BAN_FAST_HD void for_vectors(std::int64_t begin, std::int64_t end, Body body, EndBlock end_block) {
   constexpr std::int64_t lanes = Vec<T>::lanes;
@@ -122,9 +121,8 @@ BAN_FAST_HD T row_maximum(const T* row, std::int64_t classes) {
   Vec<T> largest(-kInfinity<T>);
   for_vectors<T>(
       0, classes,
-      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-        largest = larger(largest, load_some<tail>(row + i, classes - i, -kInfinity<T>));
-      },
+      [&](std::int64_t i, auto tail)
+          BAN_FAST_LAMBDA { largest = larger(largest, load_some<tail>(row + i, classes - i, -kInfinity<T>)); },
       []() BAN_FAST_LAMBDA {});
   return largest_lane(largest);
 }
@@ -144,9 +142,8 @@ BAN_FAST_HD Peak<T> row_peak(const T* row, std::int64_t classes) {
   std::int64_t block_begin = 0, peak_block = 0;
   for_vectors<T>(
       0, classes,
-      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-        block = larger(block, load_some<tail>(row + i, classes - i, -kInfinity<T>));
-      },
+      [&](std::int64_t i, auto tail)
+          BAN_FAST_LAMBDA { block = larger(block, load_some<tail>(row + i, classes - i, -kInfinity<T>)); },
       [&]() BAN_FAST_LAMBDA {
         if (any(Vec<T>(peak.value) < block)) {
           peak.value = largest_lane(block);
@@ -169,19 +166,21 @@ BAN_FAST_HD Peak<T> row_peak(const T* row, std::int64_t classes) {
 
 // ---- The label term --------------------------------------------------------------------------------------------
 
-// exp(z - m), m = max z, of a row into `exp`, but minus the sum of the others at the label: times 1 / total it is d CE / dz.
+// exp(z - m), m = max z, of a row into `exp`, but minus the sum of the others at the label: times 1 / total it is d CE
+// / dz.
 struct LabelRow {
   double loss, total;
 };
 
 template <class T>
-BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, T* exp) {
+BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Upcoming upcoming, T* exp) {
   constexpr std::int64_t lanes = Vec<T>::lanes;
   constexpr UnitTemperature<T> one;
   const T largest = row_maximum(z, classes);
   LaneSum<T> rest;
   const auto body = [&](std::int64_t i, std::int64_t count, auto whole) BAN_FAST_LAMBDA {
     const Vec<T> x = load_some<!whole>(z + i, count, -kInfinity<T>);
+    upcoming.prefetch(i);
     Vec<T> e = exp_quotient(x - Vec<T>(largest), one);
     if constexpr (!whole) {
       const auto counted = first_lanes<T>(count) & ~(lane_numbers<IntOf<T>>() == Vec<IntOf<T>>(IntOf<T>(label - i)));
@@ -193,9 +192,7 @@ BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t la
   const auto sweep = [&](std::int64_t begin, std::int64_t end) BAN_FAST_LAMBDA {
     for_vectors<T>(
         begin, end,
-        [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-          body(i, classes - i, std::bool_constant<!tail>{});
-        },
+        [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA { body(i, classes - i, std::bool_constant<!tail>{}); },
         [&]() BAN_FAST_LAMBDA { rest.end_block(); });
   };
   const std::int64_t before = label / lanes * lanes;
@@ -221,7 +218,8 @@ BAN_FAST_HD void put(To* to, Vec<T> x, std::int64_t left, bool streamed) {
   }
 }
 
-// row[i] = value(i) for a gradient's row; value gives a vector, of which all lanes are computed and the row's are written.
+// row[i] = value(i) for a gradient's row; value gives a vector, of which all lanes are computed and the row's are
+// written.
 template <class T, class To, class Value>
 BAN_FAST_HD void write_row(To* row, std::int64_t classes, bool streamed, Value value) {
   for_vectors<T>(

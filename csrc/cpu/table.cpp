@@ -6,7 +6,13 @@
 namespace ban_fast::BAN_FAST_ISA {
 
 const RowKernels row_kernels = {
-    BAN_FAST_QUOTE(BAN_FAST_ISA), kd_rows, confidence_rows, weighted_label_rows, target_rows, permutation_rows, scale_rows,
+    BAN_FAST_QUOTE(BAN_FAST_ISA),
+    kd_rows,
+    confidence_rows,
+    weighted_label_rows,
+    target_rows,
+    permutation_rows,
+    scale_rows,
 };
 
 }  // namespace ban_fast::BAN_FAST_ISA

@@ -36,8 +36,8 @@ struct Job {
   }
 };
 
-// Workers sleep between jobs. A pool is never destroyed: its threads end with the process, and in a forked child, which has none
-// of them, it is left behind as it is.
+// Workers sleep between jobs. A pool is never destroyed: its threads end with the process, and in a forked child, which
+// has none of them, it is left behind as it is.
 class Pool {
  public:
   // One job at a time: false where another thread's is running.
@@ -60,7 +60,8 @@ class Pool {
   }
 
  private:
-  // Starts workers until there are `wanted`; returns how many there are of those, fewer where the system gives no more threads.
+  // Starts workers until there are `wanted`; returns how many there are of those, fewer where the system gives no more
+  // threads.
   int grow(int wanted) {
     sigset_t all, before;
     sigfillset(&all);

@@ -1,7 +1,8 @@
 // Vec<T>: 64 bytes of T, whatever the instruction set. One register with AVX-512, two with AVX2, four with 128 bits.
 //
-// Lanes are logical: sums are kept and folded lane by lane in one order, so that every instruction set with fma gives the same
-// bits. Only what the compiler does badly or not at all is spelled in intrinsics; the rest is GCC's and Clang's vector types.
+// Lanes are logical: sums are kept and folded lane by lane in one order, so that every instruction set with fma gives
+// the same bits. Only what the compiler does badly or not at all is spelled in intrinsics; the rest is GCC's and
+// Clang's vector types.
 #pragma once
 
 #if defined(__x86_64__)
@@ -42,20 +43,24 @@ struct Vec {
 
   Vec() = default;
   __attribute__((always_inline)) explicit Vec(T x) {
-    BAN_FAST_EACH_PART part[p] = x - Part{};
+    BAN_FAST_EACH_PART
+    part[p] = x - Part{};
   }
 };
+
+using Words = Vec<std::uint32_t>;
 
 template <class T>
 struct ScalarOf<Vec<T>> {
   using type = T;
 };
 
-#define BAN_FAST_BINARY(op)                        \
-  template <class T>                               \
+#define BAN_FAST_BINARY(op)                            \
+  template <class T>                                   \
   BAN_FAST_HD Vec<T> operator op(Vec<T> a, Vec<T> b) { \
-    BAN_FAST_EACH_PART a.part[p] = a.part[p] op b.part[p]; \
-    return a;                                      \
+    BAN_FAST_EACH_PART                                 \
+    a.part[p] = a.part[p] op b.part[p];                \
+    return a;                                          \
   }
 BAN_FAST_BINARY(+)
 BAN_FAST_BINARY(-)
@@ -68,28 +73,32 @@ BAN_FAST_BINARY(^)
 
 template <class T>
 BAN_FAST_HD Vec<T> operator~(Vec<T> a) {
-  BAN_FAST_EACH_PART a.part[p] = ~a.part[p];
+  BAN_FAST_EACH_PART
+  a.part[p] = ~a.part[p];
   return a;
 }
 
 template <class T>
 BAN_FAST_HD Vec<T> operator>>(Vec<T> a, int count) {
-  BAN_FAST_EACH_PART a.part[p] = a.part[p] >> count;
+  BAN_FAST_EACH_PART
+  a.part[p] = a.part[p] >> count;
   return a;
 }
 
 template <class T>
 BAN_FAST_HD Vec<T> operator<<(Vec<T> a, int count) {
-  BAN_FAST_EACH_PART a.part[p] = a.part[p] << count;
+  BAN_FAST_EACH_PART
+  a.part[p] = a.part[p] << count;
   return a;
 }
 
-#define BAN_FAST_COMPARE(op)                                          \
-  template <class T>                                                  \
+#define BAN_FAST_COMPARE(op)                                              \
+  template <class T>                                                      \
   BAN_FAST_HD typename Vec<T>::Mask operator op(Vec<T> a, Vec<T> b) {     \
-    typename Vec<T>::Mask mask;                                       \
-    BAN_FAST_EACH_PART mask.part[p] = (typename Vec<T>::Mask::Part)(a.part[p] op b.part[p]); \
-    return mask;                                                      \
+    typename Vec<T>::Mask mask;                                           \
+    BAN_FAST_EACH_PART                                                    \
+    mask.part[p] = (typename Vec<T>::Mask::Part)(a.part[p] op b.part[p]); \
+    return mask;                                                          \
   }
 BAN_FAST_COMPARE(<)
 BAN_FAST_COMPARE(>=)
@@ -98,7 +107,8 @@ BAN_FAST_COMPARE(==)
 
 template <class T>
 BAN_FAST_HD Vec<T> select(typename Vec<T>::Mask mask, Vec<T> a, Vec<T> b) {
-  BAN_FAST_EACH_PART a.part[p] = mask.part[p] ? a.part[p] : b.part[p];
+  BAN_FAST_EACH_PART
+  a.part[p] = mask.part[p] ? a.part[p] : b.part[p];
   return a;
 }
 
@@ -106,7 +116,8 @@ BAN_FAST_HD Vec<T> select(typename Vec<T>::Mask mask, Vec<T> a, Vec<T> b) {
 template <class To, class From>
 BAN_FAST_HD Vec<To> bits_as(Vec<From> x) {
   Vec<To> y;
-  BAN_FAST_EACH_PART y.part[p] = (typename Vec<To>::Part)x.part[p];
+  BAN_FAST_EACH_PART
+  y.part[p] = (typename Vec<To>::Part)x.part[p];
   return y;
 }
 
@@ -138,14 +149,16 @@ BAN_FAST_HD Part part_madd(Part a, Part b, Part c) {
 
 template <class T>
 BAN_FAST_HD Vec<T> madd(Vec<T> a, Vec<T> b, Vec<T> c) {
-  BAN_FAST_EACH_PART a.part[p] = part_madd(a.part[p], b.part[p], c.part[p]);
+  BAN_FAST_EACH_PART
+  a.part[p] = part_madd(a.part[p], b.part[p], c.part[p]);
   return a;
 }
 
 // The larger of two; a where either is NaN.
 template <class T>
 BAN_FAST_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
-  BAN_FAST_EACH_PART {
+  BAN_FAST_EACH_PART
+  {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
       a.part[p] = _mm512_max_ps(b.part[p], a.part[p]);
@@ -223,13 +236,15 @@ BAN_FAST_HD Vec<T> lane_numbers() {
 template <class T>
 BAN_FAST_HD Vec<T> load(const T* from) {
   Vec<T> x;
-  BAN_FAST_EACH_PART std::memcpy(&x.part[p], reinterpret_cast<const char*>(from) + p * kPartBytes, kPartBytes);
+  BAN_FAST_EACH_PART
+  std::memcpy(&x.part[p], reinterpret_cast<const char*>(from) + p * kPartBytes, kPartBytes);
   return x;
 }
 
 template <class T>
 BAN_FAST_HD void store(T* to, Vec<T> x) {
-  BAN_FAST_EACH_PART std::memcpy(reinterpret_cast<char*>(to) + p * kPartBytes, &x.part[p], kPartBytes);
+  BAN_FAST_EACH_PART
+  std::memcpy(reinterpret_cast<char*>(to) + p * kPartBytes, &x.part[p], kPartBytes);
 }
 
 // Past the cache, to an address aligned to a whole vector.
@@ -355,130 +370,6 @@ BAN_FAST_HD double lane_sum(Vec<double> x) {
     for (int lane = 0; lane < half; ++lane) values[lane] += values[lane + half];
   }
   return values[0];
-#endif
-}
-
-// ---- 32-bit words ----------------------------------------------------------------------------------------------
-
-using Words = Vec<std::uint32_t>;
-
-BAN_FAST_HD Words high_product(Words a, Words b) {
-#if defined(__AVX512F__)
-  const __m512i x = (__m512i)a.part[0], y = (__m512i)b.part[0];
-  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32(x, y), 32);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), _mm512_srli_epi64(y, 32));
-  a.part[0] = (Words::Part)_mm512_mask_blend_epi32(__mmask16(0xaaaa), even, odd);
-#elif defined(__AVX2__)
-  BAN_FAST_EACH_PART {
-    const __m256i x = (__m256i)a.part[p], y = (__m256i)b.part[p];
-    const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), _mm256_srli_epi64(y, 32));
-    a.part[p] = (Words::Part)_mm256_blend_epi32(even, odd, 0xaa);
-  }
-#else
-  std::uint32_t x[16], y[16];
-  store(x, a);
-  store(y, b);
-  for (int lane = 0; lane < 16; ++lane) x[lane] = std::uint32_t((std::uint64_t(x[lane]) * y[lane]) >> 32);
-  a = load(x);
-#endif
-  return a;
-}
-
-BAN_FAST_HD Words lesser(Words a, Words b) { return select(a < b, a, b); }
-BAN_FAST_HD Words greater(Words a, Words b) { return select(a < b, b, a); }
-BAN_FAST_HD Words select_if_negative(Words bits, Words a, Words b) {
-  return select(bits_as<std::int32_t>(bits) < Vec<std::int32_t>(0), a, b);
-}
-
-// from[index], lane by lane.
-BAN_FAST_HD Vec<float> gather(const float* from, Words index) {
-#if defined(__AVX512F__)
-  Vec<float> x;
-  x.part[0] = _mm512_i32gather_ps((__m512i)index.part[0], from, 4);
-  return x;
-#else
-  std::uint32_t at[16];
-  store(at, index);
-  float values[16];
-  for (int lane = 0; lane < 16; ++lane) values[lane] = from[at[lane]];
-  return load(values);
-#endif
-}
-
-// ---- Bytes -----------------------------------------------------------------------------------------------------
-
-using Bytes = Vec<std::uint8_t>;
-
-BAN_FAST_HD Bytes lesser(Bytes a, Bytes b) { return select(a < b, a, b); }
-
-// A table of up to 128 bytes that 64 lanes look up at once.
-struct ByteTable {
-#if defined(__AVX512BW__)
-  alignas(64) std::uint16_t entries[128];  // one byte each: AVX-512BW permutes words
-#else
-  alignas(64) std::uint8_t entries[128];
-#endif
-
-  // entries[at .. at + 15]
-  __attribute__((always_inline)) void set(int at, Words values) {
-#if defined(__AVX512BW__)
-    _mm256_store_si256(reinterpret_cast<__m256i*>(entries + at), _mm512_cvtepi32_epi16((__m512i)values.part[0]));
-#else
-    std::uint32_t words[Words::lanes];
-    store(words, values);
-    for (int lane = 0; lane < Words::lanes; ++lane) entries[at + lane] = std::uint8_t(words[lane]);
-#endif
-  }
-};
-
-// entries[index] for indices below `used`, the table's entries in use.
-BAN_FAST_HD Bytes lookup(const ByteTable& table, Bytes index, [[maybe_unused]] int used) {
-#if defined(__AVX512BW__)
-  const __m512i* words = reinterpret_cast<const __m512i*>(table.entries);
-  const __m512i even_index = (__m512i)index.part[0], odd_index = _mm512_srli_epi16(even_index, 8);
-  __m512i even = _mm512_permutex2var_epi16(words[0], even_index, words[1]);
-  __m512i odd = _mm512_permutex2var_epi16(words[0], odd_index, words[1]);
-  if (used > 64) {
-    const __m512i upper = _mm512_set1_epi16(64);
-    even = _mm512_mask_mov_epi16(even, _mm512_test_epi16_mask(even_index, upper),
-                                 _mm512_permutex2var_epi16(words[2], even_index, words[3]));
-    odd = _mm512_mask_mov_epi16(odd, _mm512_test_epi16_mask(odd_index, upper),
-                                _mm512_permutex2var_epi16(words[2], odd_index, words[3]));
-  }
-  index.part[0] = (Bytes::Part)_mm512_or_si512(even, _mm512_slli_epi16(odd, 8));
-  return index;
-#elif defined(__AVX2__)
-  Bytes found(std::uint8_t(0));
-  for (int tile = 0; tile < used; tile += 16) {
-    const __m256i entries =
-        _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table.entries + tile)));
-    BAN_FAST_EACH_PART {
-      // Adding 0x70 leaves the low four bits of 0..15 and sets the top bit of all else, which the shuffle makes 0.
-      const __m256i in_tile = _mm256_sub_epi8((__m256i)index.part[p], _mm256_set1_epi8(char(tile)));
-      const __m256i at = _mm256_adds_epu8(in_tile, _mm256_set1_epi8(0x70));
-      found.part[p] |= (Bytes::Part)_mm256_shuffle_epi8(entries, at);
-    }
-  }
-  return found;
-#else
-  std::uint8_t values[Bytes::lanes];
-  store(values, index);
-  for (int lane = 0; lane < Bytes::lanes; ++lane) values[lane] = table.entries[values[lane]];
-  return load(values);
-#endif
-}
-
-// 16 bytes as words.
-BAN_FAST_HD Words widened(const std::uint8_t* bytes) {
-#if defined(__AVX512F__)
-  Words words;
-  words.part[0] = (Words::Part)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  return words;
-#else
-  std::uint32_t words[Words::lanes];
-  for (int lane = 0; lane < Words::lanes; ++lane) words[lane] = bytes[lane];
-  return load(words);
 #endif
 }
 

@@ -186,7 +186,7 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
 
 
 def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
-    """Outputs without values. empty_like takes 0.7 us where new_empty takes 1 to 2.5: much, beside a small batch's 6 us."""
+    """Outputs without values. empty_like takes 0.7 us, new_empty 1 to 2.5: much, beside a small batch's 6 us."""
     shape = student.shape[:1] if reduction == "none" else ()
     loss = student.new_empty(shape, dtype=_acc(student))
     grad = grad_scale = None

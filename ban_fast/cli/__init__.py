@@ -1,5 +1,6 @@
 """The command `ban-fast`: parse, build, call, print. Only `main` is public."""
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if sys.stdout is None or sys.stderr is None:  # closed by who started us (`>&-`)
         nowhere = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+        atexit.register(nowhere.close)  # or Python warns of it, on stderr, when it is gone
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     # Torch's threads wait for each other by spinning. Where other processes want the cores too, that made the demo 20
     # times slower (38 s for 1.9 s on two cores at load 7).

@@ -119,10 +119,11 @@ def _members(text: str) -> list[int]:
 
 
 def _print(content: Any) -> None:
-    """On a terminal as wide as it is; 120 columns where it goes to a file."""
+    """On a terminal as wide as it is, or 80 columns, or figures would be cut; 120 columns where it goes to a file."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.width = max(console.width, 80)
     with console.capture() as capture:
         console.print(content)
     sys.stdout.write(capture.get())  # rich would end the process at a broken pipe

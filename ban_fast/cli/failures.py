@@ -58,7 +58,17 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
             2,
         )
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if request is not None and _is_of_a_factory(error):
+        name = f"{request.name_of('model.name')}: {request.config.model.name}"
+        return f"{name} fails with {detail}; mend it, BAN_FAST_DEBUG=1 shows the traceback", 2
     return f"internal error: {detail}{_place(error)}; BAN_FAST_DEBUG=1 shows the traceback", 1
+
+
+def _is_of_a_factory(error: BaseException) -> bool:
+    """Whether code that `--model module:factory` names raised it: called from `models.external`, and not by it."""
+    frame = _last_frame(error)
+    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return frame is not None and frame[0] == Path("models/external.py") and not innermost.is_relative_to(_PACKAGE)
 
 
 def _named(error: UserError, request: Request | None) -> str:

@@ -101,7 +101,7 @@ def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequen
         style.quiet(axes)
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     colors = style.generation_colors(max(curves) + 1)
     longest = max(len(records) for records in curves.values())
     for number, records in curves.items():

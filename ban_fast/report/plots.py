@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..evaluation import RunDirectory
@@ -24,8 +24,8 @@ def plots(run: RunDirectory, out_dir: str | os.PathLike[str]) -> list[Path]:
     config, results = run.config(), run.results()
     curves = {number: run.metrics(number) for number in run.generations()}
     for number, records in curves.items():
-        if not all("epoch" in record and "train" in record for record in records):
-            raise UserError(f"generation {number} of {run.path}: metrics.jsonl is not what a run writes")
+        if not all(map(_is_point, records)):
+            raise UserError(f"generation {number} of {run.path}: metrics.jsonl is not what a run writes; put it back")
     drawn: dict[str, Figure] = {}
     tested = bool(results["generations"]) and "test" in results["generations"][0]
     if tested:
@@ -36,6 +36,19 @@ def plots(run: RunDirectory, out_dir: str | os.PathLike[str]) -> list[Path]:
         drawn["reliability.png"] = figures.reliability(config, results)
     out = Path(out_dir)
     return [_write(figure, out / name) for name, figure in drawn.items()]
+
+
+def _is_point(record: dict[str, Any]) -> bool:
+    """Whether a record of metrics.jsonl has what is drawn; None stands for a number that was not finite."""
+    train, evaluation = record.get("train"), record.get("evaluation")
+    if not isinstance(record.get("epoch"), int) or not isinstance(train, dict):
+        return False
+    drawn = [train.get("error", ""), train.get("loss", "")]
+    if evaluation is not None:
+        if not isinstance(evaluation, dict) or "split" not in evaluation:
+            return False
+        drawn.append(evaluation.get("error", ""))
+    return all(isinstance(number, int | float | None) for number in drawn)
 
 
 def _write(figure: "Figure", path: Path) -> Path:

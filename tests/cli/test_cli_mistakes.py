@@ -92,6 +92,21 @@ def test_a_folder_that_is_no_dataset(call: Call, tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def net(num_classes): return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def net(:", "SyntaxError"),
+        ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+    ],
+)
+def test_a_users_own_network_that_fails(call: Call, tmp_path: Path, code: str, said: str) -> None:
+    name = f"own_network_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    call("train", "--model", f"{name}:net").mistake(f"--model: {name}:net fails with", said, "BAN_FAST_DEBUG=1")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_unknown_dataset_directory(call: Call, tmp_path: Path) -> None:
     call("train", "--data", "cifar10", "--data-dir", tmp_path / "nowhere").mistake("nowhere")
     assert tree(tmp_path) == {}

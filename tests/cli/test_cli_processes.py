@@ -1,7 +1,9 @@
 """The command as a process: signals, a reader that leaves, a disk that is full, a terminal."""
 
+import contextlib
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_calls import Said, Start, finish, tree
+from cli_calls import SMALL, Said, Start, finish, tree
 
 LONG = ("--model", "mlp-8", "--generations", "1", "--max-steps", "600", "--epochs", "1000")
 """Flags of a run of a few seconds, which a signal surely finds at work."""
@@ -168,6 +170,32 @@ def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start
     )
     assert "BAN-1" in out
     assert "images/s" not in out
+
+
+def test_a_narrow_terminal_cuts_no_figure(start: Start, tmp_path: Path) -> None:
+    """It wraps lines instead."""
+    said = finish(start("train", *SMALL, "--out", "run"))
+    master, slave = pty.openpty()
+    process = start("evaluate", "run", stdout=slave, env={"TERM": "xterm", "COLUMNS": "40", "NO_COLOR": "1"})
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end was closed
+        while piece := os.read(master, 4096):
+            shown += piece
+    os.close(master)
+    assert process.wait() == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.decode()
+    figures = re.findall(r"\d\.\d{4}", said.out)
+    assert len(figures) == 4
+    assert all(figure in shown.decode() for figure in figures)
+
+
+def test_nobody_listens(start: Start, tmp_path: Path) -> None:
+    """stdout closed by who started the command: all is done, and nothing is said about it."""
+    assert finish(start("train", *SMALL, "--out", "run")).status == 0
+    process = start("report", "run", stdout=None, preexec_fn=lambda: os.close(1))
+    assert (process.communicate(timeout=120)[1], process.returncode) == ("", 0)
+    assert len(list((tmp_path / "run" / "report").iterdir())) == 3
 
 
 def test_the_console_script_is_the_same_command() -> None:

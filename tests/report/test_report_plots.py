@@ -165,9 +165,31 @@ def test_a_place_that_cannot_be_written(make_run: MakeRun, tmp_path: Path) -> No
         report.plots(make_run(recipes.get("demo"), [2.5]), tmp_path / "file")
 
 
-def test_metrics_that_no_run_writes(make_run: MakeRun, tmp_path: Path) -> None:
+def test_one_epoch_has_one_tick(make_run: MakeRun) -> None:
+    config = recipes.get("demo")
+    config.epochs = 1
+    run = make_run(config, [2.5])
+    figure = figures.learning_curves(run.config(), run.results(), {0: run.metrics(0)})
+    low, high = figure.axes[0].get_xlim()
+    assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        '{"epoch": 1, "train": {"error": 1}}',
+        '{"epoch": 1, "train": null}',
+        '{"epoch": "a", "train": {"error": 1, "loss": 1}}',
+        '{"epoch": 1, "train": {"error": 1, "loss": "x"}}',
+        '{"epoch": 1, "train": {"error": 1, "loss": 1}, "evaluation": 3}',
+        '{"epoch": 1, "train": {"error": 1, "loss": 1}, "evaluation": {"error": 3}}',
+        '{"epoch": 1, "train": {"error": 1, "loss": 1}, "evaluation": {"split": "test"}}',
+    ],
+)
+def test_metrics_that_no_run_writes(make_run: MakeRun, tmp_path: Path, line: str) -> None:
     run = make_run(recipes.get("demo"), [2.5])
-    (run.path / "generation-0" / "metrics.jsonl").write_text("{}\n")
+    (run.path / "generation-0" / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"generation 0 of .*: metrics\.jsonl is not what a run writes"):
         report.plots(run, tmp_path)
 

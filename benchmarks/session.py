@@ -93,6 +93,7 @@ class Worker:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
+            bufsize=0,  # nothing left to write when a dead worker's pipe is closed
             cwd=ROOT,
             env=kept | environment,
             stdin=subprocess.PIPE,
@@ -110,7 +111,6 @@ class Worker:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
         except BrokenPipeError:
             raise WorkerFailed(self._death()) from None
         reply: dict[str, Any] = json.loads(self._line(ends))

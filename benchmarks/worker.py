@@ -1,12 +1,14 @@
 """A process that measures: `python -m benchmarks.worker`, started by session.py once for each allocator's settings.
 
 It reads requests from standard input and answers on standard output, one line of JSON each. Whatever else is printed
-goes to standard error.
+goes to standard error. When its input ends it does too, in the middle of a case if need be: its session is gone.
 """
 
 import json
 import os
+import queue
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -26,10 +28,19 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     return [record | {"automatic": automatic(request["device"])} for record in records]
 
 
+def _read(requests: queue.SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        requests.put(line)
+    os._exit(0)
+
+
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+    while True:
+        line = requests.get()
         try:
             reply: dict[str, Any] = {"records": answer(json.loads(line))}
         except Exception:

@@ -21,17 +21,27 @@ def request(**changes: object) -> dict[str, object]:
 def test_a_worker_answers_fails_and_is_given_up() -> None:
     worker = Worker(TUNING, "cpu")
     try:
+        refused = worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None)
+        assert "KeyError" in refused["error"]
         environment = Path(f"/proc/{worker.pid}/environ")
         if environment.exists():
             assert b"MALLOC_MMAP_MAX_=0" in environment.read_bytes().split(b"\0")
-        refused = worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None)
-        assert "KeyError" in refused["error"]
         with pytest.raises(OutOfTime):
             worker.ask(request(), time.monotonic())
     finally:
         worker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)
+
+
+def test_a_worker_ends_with_its_session() -> None:
+    """A session that is killed closes nothing: the end of its pipe must do."""
+    worker = Worker({}, "cpu")
+    worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None)
+    assert worker._process.stdin is not None
+    worker._process.stdin.close()
+    assert worker._process.wait(timeout=60) == 0
+    worker.close()
 
 
 def test_a_worker_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,11 @@ namespace ban_fast::BAN_FAST_ISA {
 
 // ---- KD: differences of logits, never of logs ------------------------------------------------------------------
 
-// |d| and the least share of the student's mass, relative to its reference class, up to which a row is "near".
-inline constexpr double kNearLimit = 20.0;
+// Where a row is "near": every d within kNearReach of kNearMiddle, that is from -80, where expm1 ends, to 20, and at least
+// this share of the student's mass, relative to its reference class. The limits are not even: a class that the student all
+// but drops leaves the others' differences what they are, and log-sum-exp would lose those.
+inline constexpr double kNearMiddle = -30.0;
+inline constexpr double kNearReach = 50.0;
 inline constexpr double kNearMass = 0.25;
 inline constexpr double kSeriesLimit = 0.1;
 
@@ -51,8 +54,8 @@ BAN_FAST_HD NearRow<F> near_row(F s, F a) {
 
 // Whether the difference form holds for a row (false for NaN); otherwise it goes by log-sum-exp. Below kNearMass A's
 // rounding weighs more than the cancellation that the form avoids.
-BAN_FAST_HD bool is_near(double largest_d, double s, double a) {
-  return largest_d <= kNearLimit && a >= (kNearMass - 1.0) * s;
+BAN_FAST_HD bool is_near(double farthest_d, double s, double a) {
+  return farthest_d <= kNearReach && a >= (kNearMass - 1.0) * s;
 }
 
 // log(q_i / p_i) and q_i / p_i - 1.

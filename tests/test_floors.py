@@ -1,4 +1,4 @@
-"""The house's floors: imports point down only (DESIGN: House), and light parts import lightly."""
+"""The house's floors: imports point down only, and light parts import lightly."""
 
 import ast
 import subprocess

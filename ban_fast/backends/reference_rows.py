@@ -11,8 +11,10 @@ from torch import Tensor
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.005}
 """|u| below which expm1(u) - u comes from its series: the terms left out are under u^4 / 360 of it (3e-7, 2e-12), and
 above it the subtraction loses no more than that."""
-LSE_ABOVE = 20.0
-"""|d| above which a row takes log-sum-exp: expm1(d) swamps what the other classes have to say."""
+LSE_ABOVE, LSE_BELOW = 20.0, -80.0
+"""d above or below which a row takes log-sum-exp. Above, expm1(d) swamps what the other classes have to say. A class
+that the student all but drops (d < 0) does not, and log-sum-exp would lose their small differences; -80 is where the
+kernels' expm1 ends."""
 LSE_BELOW_MASS = 0.25
 """1 + A below which a row takes log-sum-exp: A's rounding error grows as 1 / (1 + A), and a student this much more
 peaked than its teacher has no close differences to lose."""
@@ -30,7 +32,7 @@ class KdRows(NamedTuple):
 
 
 def kd_rows(student: Tensor, teacher: Tensor, temperature: float) -> KdRows:
-    """KL between rows of logits [R, C] as DESIGN.md's Numerics has it: from exact differences of logits."""
+    """KL between rows of logits [R, C], from exact differences of logits."""
     student_dead, teacher_dead = student == -torch.inf, teacher == -torch.inf
     alive = ~(student_dead | teacher_dead)
     t_max, r = teacher.max(dim=1, keepdim=True)
@@ -43,7 +45,7 @@ def kd_rows(student: Tensor, teacher: Tensor, temperature: float) -> KdRows:
     near, far = _near_rows(p, d), _far_rows(student, t_shifted, t_sum, p, temperature)
     mass = 1 + near.a
     lone = (student_dead ^ teacher_dead).any(dim=1, keepdim=True)
-    take_far = lone | (d.abs() > LSE_ABOVE).any(dim=1, keepdim=True) | (mass < LSE_BELOW_MASS)
+    take_far = lone | ((d > LSE_ABOVE) | (d < LSE_BELOW)).any(dim=1, keepdim=True) | (mass < LSE_BELOW_MASS)
 
     kl_terms = torch.where(take_far, far.kl_terms, near.kl_terms).clamp_min(0)
     difference = torch.where(take_far, far.difference, near.difference)

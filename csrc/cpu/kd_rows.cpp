@@ -20,7 +20,7 @@ struct KDRow {
 struct KDSums {
   double s, a;       // of e^x, x = (t - t_r) / T, and of e^x (e^d - 1)
   double h;          // of -x e^x, where the entropy is wanted
-  double largest_d;  // a NaN may hide from it, but not from a
+  double farthest_d;  // largest |d - kNearMiddle|; a NaN may hide from it, but not from a
 };
 
 // Fills the row's exp, expm1 and difference. kMasked: elements where both logits are -inf count nothing.
@@ -30,7 +30,7 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
   const Difference<T> at_r = exact_difference(z_r, t_r);
   const Difference<Vec<T>> reference{Vec<T>(at_r.s), Vec<T>(at_r.e)};
   LaneSum<T> s, a, h;
-  Vec<T> largest_d(T(0));
+  Vec<T> farthest_d(T(0));
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
     Vec<T> z = load_some<tail>(row.z + i, left, z_r), t = load_some<tail>(row.t + i, left, t_r);
@@ -56,7 +56,7 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
     s.add(p);
     a.add_product(p, e);
     if constexpr (kEntropy) h.add_product(p, divide(larger(shifted, Vec<T>(temperature.floor)), temperature));
-    largest_d = larger_magnitude(largest_d, d);
+    farthest_d = larger_magnitude(farthest_d, d - Vec<T>(T(kNearMiddle)));
     store(row.exp + i, p);
     store(row.expm1 + i, e);
     store(row.difference + i, d);
@@ -66,7 +66,7 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
     a.end_block();
     if constexpr (kEntropy) h.end_block();
   });
-  return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, double(largest_lane(largest_d))};
+  return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, double(largest_lane(farthest_d))};
 }
 
 // KL by the difference form, and the gradient, unless To is NoGradient.
@@ -216,7 +216,7 @@ class KDRows {
 
   template <class To>
   double distil(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
-    const bool near = is_near(sums.largest_d, sums.s, sums.a);
+    const bool near = is_near(sums.farthest_d, sums.s, sums.a);
     NoGradient* const none = nullptr;
     if constexpr (std::is_same_v<To, NoGradient>) {
       return near ? near_gradient<false>(row, sums.s, scalars, 0.0, none) : far_difference(row, temperature_);

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ban_fast.backends import native
 
-# What DESIGN.md's form reached when it was tried (gradient 8e-7, KL 2e-6); the limits are 2e-6 and 1e-4.
+# What this form reaches (gradient 8e-7, KL 2e-6); the promise is 2e-6 and 1e-4.
 GRADIENT_LIMIT, KL_LIMIT = 8e-7, 2e-6
 
 
@@ -60,7 +60,7 @@ def test_rows_by_log_sum_exp(dtype: torch.dtype) -> None:
     student[2] = 1e4 * torch.sign(student[2])
     teacher[2] = student[2].roll(1) + logits(1, 1000, seed=3).to(dtype)[0]
     output, expected = kd(student, teacher), truth(student, teacher)
-    limit = 1e-5 if dtype == torch.float32 else 1e-13  # DESIGN.md's figure for log-sum-exp in fp32
+    limit = 1e-5 if dtype == torch.float32 else 1e-13  # what log-sum-exp reaches in fp32
     assert relative_error(output.grad, expected.grad) < limit
     assert abs(float(output.kd) - float(expected.kd)) < limit * float(expected.kd)
 

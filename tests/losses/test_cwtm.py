@@ -85,7 +85,7 @@ def test_eq_9_where_every_probability_underflows(backend: str) -> None:
 
 @pytest.mark.parametrize("weight_by", WEIGHTS_BY)
 def test_micro_batches_with_the_whole_batch_normalizer(backend: str, weight_by: str) -> None:
-    """PAPER.md, eq 10: the normaliser is the batch's. Parts that share it add up; parts with their own do not."""
+    """Eq 10: the normaliser is the batch's. Parts that share it add up; parts with their own do not."""
     student, teacher, labels = case()
     labels[2] = labels[9] = -100
     whole = cwtm_loss(student, teacher, labels, weight_by=weight_by, backend=backend)

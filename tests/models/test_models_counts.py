@@ -21,7 +21,7 @@ def millions(parameters: int, printed: str) -> bool:
 
 
 # Name, exact count for 100 classes, for 10 classes in thousands, and the paper's printed millions for each head: the
-# figure where rounding or cutting gives it, None where it does not and 1 % must do (PAPER.md, section 2).
+# figure where rounding or cutting gives it, None where it does not and 1 % must do.
 PAPER = [
     ("wrn-28-1", 375_348, 369, "0.38", None),
     ("wrn-28-2", 1_479_220, 1_468, "1.48", None),

@@ -19,7 +19,7 @@ FLOORS: dict[str, set[str]] = {
     "losses": {"ops"},
     "models": {"ops"},
     "data": {"ops"},
-    "evaluation": {"losses", "models", "data"},
+    "evaluation": {"losses", "models", "data", "config"},
     "recipes": {"config"},
     "training": {"evaluation", "losses", "models", "data", "config"},
     "report": {"evaluation"},

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..config import Config
 from ..errors import UserError
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
@@ -35,8 +36,12 @@ class RunDirectory:
             raise UserError(f"{self.path} is not a run directory: it has no {CONFIG}")
 
     def config(self) -> dict[str, Any]:
-        """config.json."""
-        return self._object(CONFIG)
+        """config.json, checked; fields that it lacks, as an older version's does, have their defaults."""
+        values = self._object(CONFIG)
+        try:
+            return Config.from_dict(values).to_dict()
+        except UserError as error:
+            raise UserError(f"{self.path / CONFIG}: {error}") from error
 
     def environment(self) -> dict[str, Any]:
         """environment.json: versions, device, threads and the data's shape."""

@@ -30,12 +30,8 @@ _TEMPORARIES = [name + TEMPORARY for name in (CONFIG, ENVIRONMENT, *_GENERATIONS
 
 
 def stored_config(directory: RunDirectory) -> Config:
-    """The configuration of a run. UserError, naming the file, where it is none."""
-    values = directory.config()
-    try:
-        return Config.from_dict(values)
-    except UserError as error:
-        raise UserError(f"{directory.path / CONFIG}: {error}") from error
+    """The configuration of a run."""
+    return Config.from_dict(directory.config())
 
 
 def empty_results() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ban_fast.config import Config
 from ban_fast.errors import UserError
 from ban_fast.evaluation import RunDirectory
 
@@ -45,7 +46,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_reads_everything(path: Path) -> None:
     run = RunDirectory(str(path))
-    assert run.config() == {"format": 1, "epochs": 2}
+    assert run.config() == Config(epochs=2).to_dict()  # what an older version did not write has its default
     assert run.environment() == {"threads": 2}
     assert run.results() == RESULTS
     assert run.generations() == [0, 1]
@@ -113,3 +114,9 @@ def test_damaged_metrics_and_missing_files(path: Path) -> None:
     (path / "environment.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*environment\.json: No such file"):
         RunDirectory(path).environment()
+
+
+def test_a_configuration_that_is_none_names_its_file(path: Path) -> None:
+    (path / "config.json").write_text('{"format": 1, "epochs": "two"}')
+    with pytest.raises(UserError, match=r"config\.json: epochs: must be int, got 'two'"):
+        RunDirectory(path).config()

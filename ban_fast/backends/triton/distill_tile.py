@@ -1,0 +1,171 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+"""KD and DKPP for rows that stay on the chip: every logit is read once.
+
+A program holds ROWS rows as PARTS blocks of BLOCK lanes, so that 10,000 classes take 5 times 2048 lanes and not 16,384.
+Rows that need log-sum-exp are read again, from the cache.
+"""
+
+import triton
+import triton.language as tl
+
+from ban_fast.backends.triton.parts import largest, load_parts, total
+from ban_fast.backends.triton.row_math import (
+    LARGEST,
+    centred_kl,
+    difference,
+    divide,
+    exp,
+    exp_below,
+    expm1,
+    expm1_pair,
+    far_terms,
+    label_term,
+    log1p,
+    or_far,
+    tempered,
+)
+from ban_fast.backends.triton.rows import load_logits
+
+
+@triton.jit
+def _student_at_largest(z, t, t_max, PARTS: tl.constexpr):
+    """[ROWS, 1] the largest student logit among the classes where the teacher's is t_max."""
+    chosen = ()
+    for p in tl.static_range(PARTS):
+        chosen = chosen + (tl.where(t[p] == t_max, z[p], float("-inf")),)
+    return largest(chosen, PARTS)
+
+
+@triton.jit
+def _entropy(t, t_max, weight, t_sum, heat, PARTS: tl.constexpr, T_KIND: tl.constexpr, ACC: tl.constexpr):
+    costs = ()
+    for p in tl.static_range(PARTS):
+        cost = weight[p] * tempered(t_max - t[p], heat, T_KIND, ACC)
+        costs = costs + (tl.where(weight[p] == 0.0, 0.0, cost),)
+    return tl.log(t_sum) + divide(total(costs, PARTS), t_sum, ACC)
+
+
+@triton.jit
+def _near(
+    z, t, t_max, slope, heat,
+    PARTS: tl.constexpr, T_KIND: tl.constexpr, SHORT: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The centred form: the KD term, slope * (q - p), A (not finite where the row is too far), the sum of t's exponentials
+    and the entropy that the term holds."""
+    z_r = _student_at_largest(z, t, t_max, PARTS)
+    weight = ()
+    d = ()
+    products = ()
+    for p in tl.static_range(PARTS):
+        weight = weight + (exp_below(t[p], t_max, heat, ACC),)
+        d = d + (tempered(difference(z[p], t[p], z_r, t_max, SHORT), heat, T_KIND, ACC),)
+        products = products + (weight[p] * d[p],)
+    t_sum = total(weight, PARTS)
+    centre = divide(total(products, PARTS), t_sum, ACC)
+    entropy = _entropy(t, t_max, weight, t_sum, heat, PARTS, T_KIND, ACC) if ENTROPY else tl.zeros_like(t_sum)
+
+    e = ()
+    a_parts = ()
+    g_parts = ()
+    for p in tl.static_range(PARTS):
+        x = d[p] - centre
+        e_p, g_p = expm1_pair(x, ACC)
+        e = e + (e_p,)
+        a_parts = a_parts + (weight[p] * or_far(e_p, x),)
+        g_parts = g_parts + (weight[p] * g_p,)
+    a = divide(total(a_parts, PARTS), t_sum, ACC)
+    g = divide(total(g_parts, PARTS), t_sum, ACC)
+    log_mass = log1p(a, ACC)
+    by_e = exp(-log_mass, ACC) * divide(slope, t_sum, ACC)
+    offset = expm1(-log_mass, ACC) * divide(slope, t_sum, ACC)
+    apart = ()
+    for p in tl.static_range(PARTS):
+        apart = apart + (weight[p] * (e[p] * by_e + offset),)
+    return centred_kl(a, g, log_mass) + entropy, apart, a, t_sum, entropy
+
+
+@triton.jit
+def _far(z, t, t_max, t_sum, slope, heat, PARTS: tl.constexpr, T_KIND: tl.constexpr, ACC: tl.constexpr):
+    """By log-sum-exp: KL and slope * (q - p)."""
+    z_max = largest(z, PARTS)
+    z_exp = ()
+    for p in tl.static_range(PARTS):
+        z_exp = z_exp + (exp_below(z[p], z_max, heat, ACC),)
+    z_sum = total(z_exp, PARTS)
+    terms = ()
+    apart = ()
+    for p in tl.static_range(PARTS):
+        terms_p, apart_p = far_terms(z[p], t[p], z_max, t_max, z_sum, t_sum, heat, T_KIND, ACC)
+        terms = terms + (terms_p,)
+        apart = apart + (apart_p * slope,)
+    return total(terms, PARTS), apart
+
+
+@triton.jit
+def _label(z, z_y, y, cols, BLOCK: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
+    """Cross-entropy with the label, and what its gradient needs: the student's maximum, the sum of exp(z - maximum) over the
+    other classes, and 1 / the sum over all."""
+    z_max = largest(z, PARTS)
+    others = ()
+    for p in tl.static_range(PARTS):
+        others = others + (tl.where(cols == y - p * BLOCK, 0.0, exp(z[p] - z_max, ACC)),)
+    rest = total(others, PARTS)
+    ce, scale = label_term(rest, z_y, z_max, ACC)
+    return ce, z_max, rest, scale
+
+
+@triton.jit
+def distill_tile(
+    z_row, t_row, grad_row, cols, sources, inside, readable, sound, y, student_col, teacher_col, num_classes,
+    heat, slope_kd, slope_label,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    ENTROPY: tl.constexpr, WITH_KD: tl.constexpr, WITH_LABEL: tl.constexpr, T_KIND: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, 1] the KD term and the label term of a tile, whose gradient is stored.
+
+    cols are the classes of the first part's lanes, sources those whose teacher value they take. Rows that do not count are
+    read too: waiting for the labels would take longer.
+    """
+    z_masks = ()
+    t_masks = ()
+    for p in tl.static_range(PARTS):
+        in_row = tl.arange(0, BLOCK)[None, :] < num_classes - p * BLOCK
+        z_masks = z_masks + (in_row if ROWS == 1 else inside & in_row,)
+        t_masks = t_masks + (readable & in_row,)
+    z = load_parts(z_row, cols, z_masks, student_col, BLOCK, PARTS, CONTIGUOUS, ACC)
+    t = load_parts(t_row, sources, t_masks, teacher_col, BLOCK, PARTS, CONTIGUOUS, ACC)
+    t_max = largest(t, PARTS)
+    label_value = tl.zeros([ROWS, 1], ACC)
+    if y is not None:
+        z_y = load_logits(z_row, y, student_col, inside, CONTIGUOUS, ACC)
+        label_value, z_max, rest, scale = _label(z, z_y, y, cols, BLOCK, PARTS, ACC)
+        scale *= slope_label
+
+    kd_value, apart, a, t_sum, entropy = _near(z, t, t_max, slope_kd, heat, PARTS, T_KIND, SHORT, ENTROPY, ACC)
+    far = sound & ~(a <= LARGEST)
+    if tl.max(tl.max(far.to(tl.int32), axis=1), axis=0) > 0:
+        z_again = load_parts(z_row, cols, z_masks, student_col, BLOCK, PARTS, CONTIGUOUS, ACC)
+        t_again = load_parts(t_row, sources, t_masks, teacher_col, BLOCK, PARTS, CONTIGUOUS, ACC)
+        far_value, far_apart = _far(z_again, t_again, t_max, t_sum, slope_kd, heat, PARTS, T_KIND, ACC)
+        kd_value = tl.where(far, far_value + entropy, kd_value)
+        if ROWS == 1:
+            apart = far_apart
+        else:
+            chosen = ()
+            for p in tl.static_range(PARTS):
+                chosen = chosen + (tl.where(far, far_apart[p], apart[p]),)
+            apart = chosen
+
+    if grad_row is not None:
+        for p in tl.static_range(PARTS):
+            value = tl.zeros_like(z[p])
+            if WITH_KD:
+                value += apart[p]
+            if WITH_LABEL:
+                z_p = z[p]
+                if PARTS > 1:  # from the cache: three values a lane, in place of two, would not fit in registers
+                    z_p = load_logits(z_row, cols + p * BLOCK, student_col, z_masks[p], CONTIGUOUS, ACC)
+                value += tl.where(cols == y - p * BLOCK, -rest, exp(z_p - z_max, ACC)) * scale
+            value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
+            tl.store(grad_row + (cols + p * BLOCK), value, mask=z_masks[p])
+    return kd_value, label_value

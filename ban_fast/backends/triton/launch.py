@@ -1,0 +1,112 @@
+"""What every launcher needs around its kernel: device, strides, arithmetic, and the counter that ends a reduction."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ban_fast.backends.interface import LossOutput
+from ban_fast.backends.triton.row_math import ANY, LOG2_E, POWER_OF_TWO, UNIT
+
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
+"""Of every launch. Multiplications may fuse with additions: the exact differences have no multiplication in them."""
+
+_CAPTURED_CALLS = 4096
+"""Calls captured in CUDA graphs that can have a counter of their own; later ones reduce in a second launch."""
+
+_stream_counters: dict[tuple[int | None, int], Tensor] = {}
+_graph_counters: dict[int | None, tuple[Tensor, Iterator[Tensor]]] = {}
+"""A device's block of counters, held for good, and the ones that no captured call has."""
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make that the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def arithmetic(tensor: Tensor) -> tuple[torch.dtype, Any]:
+    """The type everything is computed in, for torch and for Triton."""
+    return (torch.float64, tl.float64) if tensor.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def alignment(num_classes: int, *matrices: Tensor | None) -> int:
+    """The largest power of two, at most 16, that divides the classes and every row stride: a kernel's vector width."""
+    return math.gcd(16, num_classes, *(m.stride(0) for m in matrices if m is not None and m.shape[0] > 1))
+
+
+def contiguous(*matrices: Tensor | None) -> bool:
+    """Whether neighbouring classes are neighbours in memory."""
+    return all(m is None or m.stride(1) == 1 or m.shape[1] == 1 for m in matrices)
+
+
+def half_bits(*matrices: Tensor) -> bool:
+    return all(m.dtype in (torch.float16, torch.bfloat16) for m in matrices)
+
+
+def empty_output(student: Tensor, shape: tuple[int, ...], need_grad: bool) -> LossOutput:
+    """Memory for a loss of `shape`, its terms and the gradient."""
+    dtype, _ = arithmetic(student)
+    loss, kd, label = (torch.empty(shape, dtype=dtype, device=student.device) for _ in range(3))
+    return LossOutput(
+        loss,
+        kd,
+        label,
+        torch.empty(student.shape, dtype=student.dtype, device=student.device) if need_grad else None,
+        torch.empty((), dtype=dtype, device=student.device) if need_grad and student.dtype == torch.float16 else None,
+    )
+
+
+def of_no_rows(output: LossOutput) -> LossOutput:
+    """`output` for an empty batch, which no kernel is launched for."""
+    for term in (output.loss, output.kd, output.label):
+        term.zero_()
+    if output.grad_scale is not None:
+        output.grad_scale.fill_(1)
+    return output
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """Labels and other vectors as the kernels take them: next to one another."""
+    return None if vector is None else vector.contiguous()
+
+
+def heat(temperature: float) -> dict[str, Any]:
+    """A kernel's arguments for T; its inverse is exact where T is a power of two."""
+    exact = math.frexp(temperature)[0] == 0.5
+    kind = UNIT if temperature == 1 else POWER_OF_TWO if exact else ANY
+    return {
+        "temperature": temperature,
+        "inverse": 1 / temperature,
+        "exp_scale": LOG2_E.value / temperature,
+        "T_KIND": kind.value,
+    }
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """2 in the interpreter, so that a program has several rows there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def counter(device: torch.device) -> Tensor | None:
+    """A 0 that the programs of one launch count up, and its last one sets back; None: reduce in a launch of its own.
+
+    Launches on one stream follow one another and share a counter. A captured launch may run beside any other, so it has
+    one to itself, for as long as the process lives; there are none before the first launch outside a capture.
+    """
+    if device.type != "cuda":
+        return torch.zeros((), dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return next(_graph_counters[device.index][1], None) if device.index in _graph_counters else None
+    if device.index not in _graph_counters:
+        block = torch.zeros(_CAPTURED_CALLS, dtype=torch.int32, device=device)
+        _graph_counters[device.index] = block, iter(block.unbind())
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _stream_counters:
+        _stream_counters[key] = torch.zeros((), dtype=torch.int32, device=device)
+    return _stream_counters[key]

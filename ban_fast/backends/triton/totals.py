@@ -1,0 +1,51 @@
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+"""Small launches before and after a loss kernel: the count of kept rows in a large batch, and the sum of what programs left."""
+
+import triton
+import triton.language as tl
+
+from ban_fast.backends.triton.row_math import number
+from ban_fast.backends.triton.rows import count_kept, kept_count, store_reduced
+
+
+@triton.jit
+def count_kernel(
+    labels,  # [R]
+    counts,  # [programs]
+    num_rows: tl.int32,
+    ignore_index: tl.int64,
+    TOTAL_BLOCK: tl.constexpr,
+):
+    """The rows kept, counted by the programs in parts."""
+    program = tl.program_id(0)
+    ACC: tl.constexpr = counts.dtype.element_ty
+    count = count_kept(labels, program, tl.num_programs(0), num_rows, ignore_index, TOTAL_BLOCK, ACC)
+    tl.store(counts + program, count)
+
+
+@triton.jit
+def reduce_kernel(
+    partials,  # [2, programs]
+    loss,  # 0-d; so kd and label
+    kd,
+    label,
+    labels,  # [R] or None
+    counts,  # [num_counts] or None
+    programs: tl.int32,
+    num_rows: tl.int32,
+    num_counts: tl.int32,
+    ignore_index: tl.int64,
+    kd_weight: tl.float64,
+    label_weight: tl.float64,
+    REDUCTION: tl.constexpr,
+    WITH_KD: tl.constexpr,
+    WITH_LABEL: tl.constexpr,
+    TOTAL_BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What the last program of a loss kernel does, where none could know that it is the last."""
+    count = kept_count(labels, counts, num_counts, num_rows, ignore_index, REDUCTION, TOTAL_BLOCK, ACC)
+    store_reduced(
+        partials, loss, kd, label, programs, count, number(kd_weight, ACC), number(label_weight, ACC),
+        WITH_KD, WITH_LABEL, TOTAL_BLOCK, ACC,
+    )  # fmt: skip

@@ -121,3 +121,23 @@ class StopAt:
     def __call__(self) -> bool:
         self.left -= 1
         return self.left <= 0
+
+
+def deterministic() -> nn.Module:
+    """Without dropout, so that a loop written by hand can draw the same weights."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
+    )
+
+
+def check_figures(figures: dict[str, float]) -> None:
+    """That these can be a split's figures."""
+    assert set(figures) == {"error", "nll", "ece"}
+    assert 0 <= figures["error"] <= 100
+    assert figures["nll"] >= 0
+    assert 0 <= figures["ece"] <= 1

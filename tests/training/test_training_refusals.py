@@ -1,0 +1,154 @@
+"""What cannot be trained is one line, and leaves nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import (
+    BATCH,
+    IMAGES,
+    STEPS_PER_EPOCH,
+    StopAt,
+    config,
+    footprint,
+    network,
+    own,
+    samples,
+)
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from ban_fast.errors import OptionError, UserError
+from ban_fast.evaluation import RunDirectory
+from ban_fast.training import Interrupted, evaluate_run, run
+from ban_fast.training.evaluator import full_precision
+
+
+class Picky(nn.Linear):
+    """Refuses images as libraries' networks do, by an assertion."""
+
+    def __init__(self) -> None:
+        super().__init__(36, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("too small\nand more")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": None}, "pass the training data too"),
+        ({"train": samples(IMAGES, 0)[0]}, "two tensors"),
+        ({"test": (torch.randn(4, 1, 5, 5), torch.zeros(4).long())}, r"test samples have shape \[1, 5, 5\]"),
+        ({"model": lambda: nn.Linear(7, 4)}, r"does not take samples of shape \[1, 6, 6\]"),
+        ({"model": lambda: nn.Conv2d(1, 4, 3)}, r"must return logits \[B, classes\], got \[2, 4, 4, 4\]"),
+        ({"model": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))}, "has 3 classes, the data have 4"),
+        ({"model": lambda: nn.Flatten()}, "nothing to train"),
+        ({"model": lambda: 7}, "must return a torch.nn.Module, got int"),
+        ({"model": nn.Flatten()}, "a function that builds a new network for each generation, got a Flatten"),
+        ({"model": "wrn-28-1"}, "a function that builds a new network for each generation, got a str"),
+        ({"model": Picky}, r"does not take samples of shape \[1, 6, 6\]: too small"),
+        ({"train": (samples(IMAGES, 0)[0].numpy(), samples(IMAGES, 0)[1])}, r"got \['ndarray', 'Tensor'\]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        run(config(), out=tmp_path / "run", **own(**changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_normalisation_of_one_sample() -> None:
+    """The last batch of a DataLoader without drop_last."""
+    x, y = samples(BATCH + 1, 0)
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 4))
+
+    with pytest.raises(UserError, match=r"a batch of one sample.*drop_last=True"):
+        run(config(), model=network, train=DataLoader(TensorDataset(x, y), batch_size=BATCH))
+    run(config(), model=network, train=DataLoader(TensorDataset(x, y), batch_size=BATCH, drop_last=True))
+
+
+@pytest.mark.parametrize("option", ["name", "num_classes"])
+def test_options_that_are_known_already(option: str) -> None:
+    settings = config(model=ModelConfig(name="mlp-8", options={option: 3}), data=DataConfig(limit_train=20))
+    with pytest.raises(OptionError, match=f"model.options: {option} is not an option"):
+        run(settings)
+
+
+def test_options_of_the_built_in_data_are_not_silently_ignored() -> None:
+    for field, value in (("val_fraction", 0.1), ("limit_train", 5), ("augmentation", "crop"), ("directory", "x")):
+        with pytest.raises(OptionError) as caught:
+            run(config(data=DataConfig(**{field: value})), **own())
+        assert caught.value.field == f"data.{field}"
+    run(config(generations=0, data=DataConfig(augmentation="none")), **own())
+
+
+def test_a_custom_run_asks_for_what_it_was_made_with(tmp_path: Path) -> None:
+    run(config(generations=0), out=tmp_path, **own())
+    stored = Config.from_dict(RunDirectory(tmp_path).config())
+    with pytest.raises(UserError, match="pass its factory as model="):
+        run(stored, out=tmp_path, resume=True)
+    with pytest.raises(UserError, match="pass them as train= and test="):
+        run(stored, out=tmp_path, resume=True, model=network)
+    with pytest.raises(UserError, match="pass its factory as model="):
+        evaluate_run(tmp_path)
+
+
+def test_no_cuda_device() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(OptionError, match="no CUDA device") as caught:
+        run(config(device="cuda"), **own())
+    assert caught.value.field == "device"
+
+
+@pytest.mark.parametrize("lr", [1e20, 1e38])
+def test_a_loss_that_is_not_finite(lr: float, tmp_path: Path) -> None:
+    settings = config(optimizer=OptimizerConfig(lr=lr, schedule="constant"), checkpoint_seconds=0.0)
+    with pytest.raises(UserError, match=r"not finite.*lower --lr.*with another --out") as caught:
+        run(settings, out=tmp_path, **own())
+    assert "generation 0, epoch 1, at step" in str(caught.value)
+    state = tmp_path / "generation-0" / "state.pt"
+    if state.exists():
+        stored = torch.load(state, weights_only=True)
+        assert all(t.isfinite().all() for t in stored["network"].values())
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_weights_that_overflow_at_the_last_step_are_noticed(saved: bool, tmp_path: Path) -> None:
+    """The loss was finite to the end; only the last update was not."""
+    settings = config(max_steps=1, optimizer=OptimizerConfig(lr=3e38, schedule="constant", weight_decay=1e10))
+    with pytest.raises(UserError, match="a weight is not finite in generation 0, epoch 1, at step 1: lower --lr"):
+        run(settings, out=tmp_path if saved else None, model=network, train=samples(IMAGES, 0))
+    assert not list(tmp_path.rglob("state.pt"))
+
+
+def test_bad_images_make_the_loss_not_finite_at_their_step() -> None:
+    x, y = samples(IMAGES, 0)
+    x[: IMAGES - STEPS_PER_EPOCH * BATCH + 1] = float("nan")  # one more than an epoch leaves out
+    with pytest.raises(UserError, match=r"the loss is not finite in generation 0, epoch 1, at step [1-4]: "):
+        run(config(), **own(train=(x, y)))
+
+
+def test_figures_are_computed_in_full_precision() -> None:
+    backends = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+    with full_precision(torch.device("cuda")):
+        assert [backend.fp32_precision for backend in backends] == ["ieee"] * 3
+    assert [backend.fp32_precision for backend in backends] == before
+
+
+def test_without_momentum(tmp_path: Path) -> None:
+    settings = config(optimizer=OptimizerConfig(lr=0.05, momentum=0.0, nesterov=False))
+    run(settings, out=tmp_path / "a", **own())
+    with pytest.raises(Interrupted):
+        run(settings, out=tmp_path / "b", should_stop=StopAt(22), **own())
+    run(settings, out=tmp_path / "b", resume=True, **own())
+    assert footprint(tmp_path / "a") == footprint(tmp_path / "b")

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """CWTM's confidences: the teacher's largest probability of every row or the label's, and what they add up to.
 
 Totals come as partial sums [2, programs]: for confidences c, sum of c and max c; for logarithms, the sum of exp(log c - m)

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """CWTM's kernel: cross-entropy of every row times its share of the batch's confidence, and the gradient, in one launch."""
 
 import triton

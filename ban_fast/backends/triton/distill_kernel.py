@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """The kernel of KD and DKPP: one launch gives loss, terms and gradient.
 
 A program takes every `programs`-th tile of ROWS rows: on the chip (`distill_tile`), or ONLINE a row at a time

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """KD and DKPP for rows that do not fit on the chip: read once for their statistics, and again for loss and gradient.
 
 A program takes a row in blocks of BLOCK lanes. The first reading is online: whenever a block raises the teacher's maximum,

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """KD and DKPP for rows that stay on the chip: every logit is read once.
 
 A program holds ROWS rows as PARTS blocks of BLOCK lanes, so that 10,000 classes take 5 times 2048 lanes and not 16,384.

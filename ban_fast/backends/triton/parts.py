@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """Rows held as a tuple of PARTS blocks [ROWS, BLOCK], so that their lanes need not add up to a power of two."""
 
 import triton

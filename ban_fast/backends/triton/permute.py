@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """DKPP's permutation inside Triton kernels: the bits of `backends.permutation`, in unsigned 32-bit arithmetic.
 
 A class is addressed by its rank among the n = C - 1 that the permutation moves. What a kernel is told about n is computed
@@ -227,11 +226,11 @@ def prepare(
         n = tl.full([], num_classes - 1, tl.uint32)
         offsets = tl.broadcast_to(tl.arange(0, WALK)[None, :], [ROWS, WALK])
         start = n + offsets.to(tl.uint32)
-        inside = start < tl.full([], a * b, tl.uint32)
-        end = tl.where(inside, _feistel(tl.where(inside, start, 0), field, KIND, ROUNDS, TABLE), 0)
-        walking = tl.max(tl.max((end >= n).to(tl.int32), axis=1), axis=0)
+        end = tl.where(start < tl.full([], a, tl.uint32) * tl.full([], b, tl.uint32), start, 0)
+        walking = 1
         while walking > 0:
             end = tl.where(end >= n, _feistel(end, field, KIND, ROUNDS, TABLE), end)
+            end = tl.where(end == start, 0, end)  # a cycle above n, which no walk from below enters or leaves
             walking = tl.max(tl.max((end >= n).to(tl.int32), axis=1), axis=0)
         tl.debug_barrier()
         tl.store(walks + offsets, end.to(tl.int32))

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """DKPP's teacher: which class each class takes its value from, for rows in registers and for rows of any length."""
 
 import triton

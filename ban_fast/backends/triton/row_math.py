@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """The formulas of a row, as functions inside Triton kernels: blocks [ROWS, BLOCK] of logits, statistics [ROWS, 1].
 
 Everything is in ACC (fp32, or fp64). Every kernel is compiled with `enable_fp_fusion=False`, so that what is written as

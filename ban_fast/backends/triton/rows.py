@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """What every loss kernel does around its rows: which of them count, totals over all rows, and the end of the reduction."""
 
 import triton

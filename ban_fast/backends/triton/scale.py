@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """The backward kernel: the stored gradient times grad_output, which only the device knows. Kernel and launch."""
 
 import triton

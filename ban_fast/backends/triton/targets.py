@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """DKPP's permuted distributions, and its permutation, as outputs: kernels and launches."""
 
 from typing import Any

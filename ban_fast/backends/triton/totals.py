@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """Small launches before and after a loss kernel: the count of kept rows in a large batch, and the sum of what programs left."""
 
 import triton

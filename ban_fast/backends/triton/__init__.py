@@ -1,16 +1,16 @@
 """The Triton backend: CUDA tensors, and CPU tensors where TRITON_INTERPRET=1 was set before Triton's import.
 
-The functions of `interface.Backend`, one launch a loss but where `distill`, `cwtm` say otherwise. No host sync, and no
+The functions of `interface.Backend`, one launch a loss but where `distill_launch` and `cwtm_launch` say otherwise. No host sync, and no
 allocation that depends on data, so all of it can be captured in a CUDA graph.
 """
 
 from torch import Tensor
 
 from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
-from ban_fast.backends.triton.cwtm import weighted_cross_entropy
-from ban_fast.backends.triton.distill import Objective, distillation
+from ban_fast.backends.triton.cwtm_launch import weighted_cross_entropy
+from ban_fast.backends.triton.distill_launch import Objective, distillation
+from ban_fast.backends.triton.gradient_scale import scale
 from ban_fast.backends.triton.permute import Permutation
-from ban_fast.backends.triton.scale import scale
 from ban_fast.backends.triton.targets import permutation_of, permuted_targets
 
 

@@ -15,6 +15,7 @@ RANKED_BELOW = 128
 """Classes up to which DKPP permutes in registers; above, it writes permuted rows to a scratch that stays in the L2 cache."""
 _LANES = {(True, False): 20, (True, True): 16, (False, False): 8, (False, True): 8}
 """By (aligned, permuted): lanes for which a thread has room in 128 registers, at two fp32 values each and their addresses."""
+_LANES_DOUBLE = 8
 
 
 class Plan(NamedTuple):
@@ -44,9 +45,9 @@ class Plan(NamedTuple):
     def counted_below(self) -> int:
         return COUNTED_BELOW * min(self.warps, 4)
 
-    def options(self) -> dict[str, Any]:
+    def options(self, *, double: bool) -> dict[str, Any]:
         """Launch options. 128 registers a thread are 16 warps a multiprocessor; unbounded, ptxas takes more, or spills."""
-        return {"num_warps": self.warps, "maxnreg": 128}
+        return {"num_warps": self.warps, "maxnreg": 255 if double else 128}
 
 
 _SMALL = (
@@ -67,14 +68,14 @@ def distill_plan(num_classes: int, *, aligned: bool, double: bool, permuted: boo
     for limit, plan in _SMALL:
         if num_classes <= limit:
             return plan._replace(resident=16 // plan.warps) if scratch else plan
-    for warps in (4, 8, 16):
-        lanes = _LANES[aligned, permuted] if warps < 16 else _LANES[aligned, False]
-        if num_classes <= 32 * warps * lanes // (2 if double else 1):
+    for warps in (4, 8) if double else (4, 8, 16):
+        lanes = _LANES_DOUBLE if double else _LANES[aligned, permuted and warps < 16]
+        if num_classes <= 32 * warps * lanes:
             block = 128 * warps
             alone = warps == 16 and not permuted
             resident = 16 // warps if permuted or alone else 0
             return Plan(1, block, -(-num_classes // block), warps, resident=resident, stages=2 if alone else 1)
-    return Plan(1, 2048 if aligned else 1024, 1, 8, online=True, resident=2 if permuted else 0, stages=2)
+    return Plan(1, 2048 if aligned and not double else 1024, 1, 8, online=True, resident=2 if permuted else 0, stages=2)
 
 
 def cross_entropy_plan(num_classes: int, *, aligned: bool, double: bool) -> Plan:
@@ -82,11 +83,11 @@ def cross_entropy_plan(num_classes: int, *, aligned: bool, double: bool) -> Plan
     for limit, plan in _SMALL:
         if num_classes <= limit:
             return plan
-    for warps in (4, 8, 16):
-        if num_classes <= 32 * warps * (32 if aligned else 16) // (2 if double else 1):
+    for warps in (4, 8) if double else (4, 8, 16):
+        if num_classes <= 32 * warps * (32 if aligned and not double else 16):
             block = 128 * warps
             return Plan(1, block, -(-num_classes // block), warps)
-    return Plan(1, 2048, 1, 8, online=True, stages=2)
+    return Plan(1, 2048 if not double else 1024, 1, 8, online=True, stages=2)
 
 
 def blocks_plan(num_classes: int) -> Plan:

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from ban_fast.backends.triton.row_math import (
+    FAR_ABOVE,
     LARGEST,
+    MUCH_MASS,
     SMALLEST,
     difference,
     divide,
@@ -22,10 +24,10 @@ from ban_fast.backends.triton.row_math import (
     label_term,
     log1p,
     number,
-    or_far,
+    or_lost,
     tempered,
 )
-from ban_fast.backends.triton.rows import load_logits
+from ban_fast.backends.triton.rows import load_logits, rounded
 
 
 @triton.jit
@@ -55,6 +57,7 @@ def _statistics(
     t_total = tl.zeros([1, BLOCK], ACC)
     a_total = tl.zeros([1, BLOCK], ACC)
     rest_total = tl.zeros([1, BLOCK], ACC)
+    highest = tl.full([1, BLOCK], 0.0, ACC)
     for start in tl.range(0, num_classes, BLOCK, num_stages=STAGES):
         cols, z, t = _load(start, z_row, t_row, sound, student_col, teacher_col, num_classes, ACC, BLOCK, CONTIGUOUS)
         largest = tl.max(t)
@@ -72,7 +75,8 @@ def _statistics(
         weight = tl.where(t == float("-inf"), 0.0, exp_below(t, t_max, heat, ACC))
         x = tempered(difference(z, t, z_r, t_r, SHORT), heat, T_KIND, ACC) - centre
         t_total += weight
-        a_total += weight * or_far(expm1(x, ACC), x)
+        a_total += weight * or_lost(expm1(x, ACC), weight)
+        highest = tl.maximum(highest, x)
         if y is not None:
             z_largest = tl.max(z)
             if z_largest > z_max:
@@ -81,7 +85,9 @@ def _statistics(
             rest_total += tl.where((cols == y) | (z == float("-inf")), 0.0, exp(z - z_max, ACC))
     t_sum = tl.sum(t_total)
     rest = tl.sum(rest_total) + (z_max - z_max)  # NaN where z_max is not finite
-    return t_max, t_sum, z_r, t_r, centre, divide(tl.sum(a_total), t_sum, ACC), z_max, rest
+    a = divide(tl.sum(a_total), t_sum, ACC)
+    a = tl.where((tl.max(highest) > FAR_ABOVE) & (a > MUCH_MASS), float("inf"), a)
+    return t_max, t_sum, z_r, t_r, centre, a, z_max, rest
 
 
 @triton.jit
@@ -112,7 +118,7 @@ def _store_gradient(
         value += apart
     if WITH_LABEL:
         value += tl.where(cols == y, -rest, exp(z - z_max, ACC)) * label_scale
-    value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
+    value = rounded(tl.where(sound, value, 0.0), grad_row.dtype.element_ty)
     tl.store(grad_row + cols, value, mask=inside & (cols < num_classes))
 
 

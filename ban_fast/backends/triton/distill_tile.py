@@ -10,6 +10,7 @@ import triton.language as tl
 from ban_fast.backends.triton.parts import largest, load_parts, total
 from ban_fast.backends.triton.row_math import (
     LARGEST,
+    MUCH_MASS,
     centred_kl,
     difference,
     divide,
@@ -21,9 +22,10 @@ from ban_fast.backends.triton.row_math import (
     label_term,
     log1p,
     or_far,
+    or_lost,
     tempered,
 )
-from ban_fast.backends.triton.rows import load_logits
+from ban_fast.backends.triton.rows import load_logits, rounded
 
 
 @triton.jit
@@ -46,10 +48,10 @@ def _entropy(t, t_max, weight, t_sum, heat, PARTS: tl.constexpr, T_KIND: tl.cons
 
 @triton.jit
 def _near(
-    z, t, t_max, slope, heat,
+    z, t, t_max, sound, slope, heat,
     PARTS: tl.constexpr, T_KIND: tl.constexpr, SHORT: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The centred form: the KD term, slope * (q - p), A (not finite where the row is too far), the sum of t's exponentials
+    """The centred form: the KD term, slope * (q - p), A (not finite where the form does not hold), the sum of t's exponentials
     and the entropy that the term holds."""
     z_r = _student_at_largest(z, t, t_max, PARTS)
     weight = ()
@@ -73,6 +75,13 @@ def _near(
         a_parts = a_parts + (weight[p] * or_far(e_p, x),)
         g_parts = g_parts + (weight[p] * g_p,)
     a = divide(total(a_parts, PARTS), t_sum, ACC)
+    far = sound & ~(a <= LARGEST)
+    if tl.max(tl.max(far.to(tl.int32), axis=1), axis=0) > 0:
+        a_parts = ()
+        for p in tl.static_range(PARTS):
+            a_parts = a_parts + (weight[p] * or_lost(e[p], weight[p]),)
+        mass = divide(total(a_parts, PARTS), t_sum, ACC)
+        a = tl.where(far, tl.where(mass <= MUCH_MASS, mass, float("inf")), a)
     g = divide(total(g_parts, PARTS), t_sum, ACC)
     log_mass = log1p(a, ACC)
     by_e = exp(-log_mass, ACC) * divide(slope, t_sum, ACC)
@@ -93,11 +102,19 @@ def _far(z, t, t_max, t_sum, slope, heat, PARTS: tl.constexpr, T_KIND: tl.conste
     z_sum = total(z_exp, PARTS)
     terms = ()
     apart = ()
+    others = ()
     for p in tl.static_range(PARTS):
         terms_p, apart_p = far_terms(z[p], t[p], z_max, t_max, z_sum, t_sum, heat, T_KIND, ACC)
         terms = terms + (terms_p,)
         apart = apart + (apart_p * slope,)
-    return total(terms, PARTS), apart
+        others = others + (tl.where(t[p] == t_max, 0.0, apart_p * slope),)
+    rest = total(others, PARTS)
+    chosen = ()
+    for p in tl.static_range(
+        PARTS
+    ):  # q - p of a class that has nearly all of p and q cancels: it is what the others lack
+        chosen = chosen + (tl.where((t[p] == t_max) & (t_sum < 2.0), -rest, apart[p]),)
+    return total(terms, PARTS), chosen
 
 
 @triton.jit
@@ -140,7 +157,7 @@ def distill_tile(
         label_value, z_max, rest, scale = _label(z, z_y, y, cols, BLOCK, PARTS, ACC)
         scale *= slope_label
 
-    kd_value, apart, a, t_sum, entropy = _near(z, t, t_max, slope_kd, heat, PARTS, T_KIND, SHORT, ENTROPY, ACC)
+    kd_value, apart, a, t_sum, entropy = _near(z, t, t_max, sound, slope_kd, heat, PARTS, T_KIND, SHORT, ENTROPY, ACC)
     far = sound & ~(a <= LARGEST)
     if tl.max(tl.max(far.to(tl.int32), axis=1), axis=0) > 0:
         z_again = load_parts(z_row, cols, z_masks, student_col, BLOCK, PARTS, CONTIGUOUS, ACC)
@@ -165,6 +182,6 @@ def distill_tile(
                 if PARTS > 1:  # from the cache: three values a lane, in place of two, would not fit in registers
                     z_p = load_logits(z_row, cols + p * BLOCK, student_col, z_masks[p], CONTIGUOUS, ACC)
                 value += tl.where(cols == y - p * BLOCK, -rest, exp(z_p - z_max, ACC)) * scale
-            value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
+            value = rounded(tl.where(sound, value, 0.0), grad_row.dtype.element_ty)
             tl.store(grad_row + (cols + p * BLOCK), value, mask=z_masks[p])
     return kd_value, label_value

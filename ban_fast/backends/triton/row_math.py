@@ -19,10 +19,15 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SERIES_BELOW: tl.constexpr = tl.constexpr(0.5)
 FAR_ABOVE: tl.constexpr = tl.constexpr(20.0)
-"""x above which a row takes log-sum-exp: exp(x) has lost the digits that x, a rounded difference, no longer has."""
+"""x above which exp(x) shows the rounding of x, a difference of large logits. Where the student has much mass there (A > 1)
+the row takes log-sum-exp, which is exact for what is largest; with little, q - p of the other classes is small, log-sum-exp
+would lose it, and the centred form stays. So does a class that the student all but drops: expm1(x) ends at -1."""
+MUCH_MASS: tl.constexpr = tl.constexpr(1.0)
+LOST_ABOVE: tl.constexpr = tl.constexpr(4.8e8)
+"""exp(FAR_ABOVE)."""
 LARGEST: tl.constexpr = tl.constexpr(3.0e38)
 SMALLEST: tl.constexpr = tl.constexpr(-0.75)
-"""A between which the centred form holds: below, its rounding has grown by 1 / (1 + A), and above, some x was too large."""
+"""A between which the centred form holds: below, its rounding has grown by 1 / (1 + A)."""
 
 UNIT: tl.constexpr = tl.constexpr(0)
 POWER_OF_TWO: tl.constexpr = tl.constexpr(1)
@@ -93,8 +98,14 @@ def expm1_pair(x, ACC: tl.constexpr):
 
 @triton.jit
 def or_far(e, x):
-    """e = expm1(x), infinite where x is so large that the row has to take log-sum-exp."""
+    """e = expm1(x), infinite where x is large: then so is A, or NaN, and the row is looked at again."""
     return tl.where(x > FAR_ABOVE, float("inf"), e)
+
+
+@triton.jit
+def or_lost(e, weight):
+    """e = expm1(x), infinite where x is large and the teacher's probability underflowed: weight * e is NaN then."""
+    return tl.where((weight == 0.0) & (e > LOST_ABOVE), float("inf"), e)
 
 
 @triton.jit

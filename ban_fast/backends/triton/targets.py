@@ -149,7 +149,7 @@ def permuted_targets(
             CONTIGUOUS=launch.contiguous(teacher),
             ACC=acc,
             **launch.heat(temperature),
-            **_blocks(permutation, num_classes, plan, programs, teacher.device),
+            **_blocks(permutation, num_classes, plan, programs, teacher.device, torch_acc),
         )
     return out
 
@@ -168,13 +168,23 @@ def permutation_of(argmax: Tensor, permutation: permute.Permutation, num_classes
             out=out,
             num_rows=num_rows,
             num_classes=num_classes,
-            **_blocks(permutation, num_classes, plan, programs, argmax.device),
+            **_blocks(permutation, num_classes, plan, programs, argmax.device, out.dtype),
         )
     return out
 
 
 def _blocks(
-    permutation: permute.Permutation, num_classes: int, plan: config.Plan, programs: int, device: torch.device
+    permutation: permute.Permutation,
+    num_classes: int,
+    plan: config.Plan,
+    programs: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     arguments = permute.arguments(permutation, num_classes, programs * plan.rows, device, tables=True)
-    return arguments | {"ROWS": plan.rows, "BLOCK": plan.block} | plan.options() | launch.OPTIONS
+    return (
+        arguments
+        | {"ROWS": plan.rows, "BLOCK": plan.block}
+        | plan.options(double=dtype == torch.float64)
+        | launch.OPTIONS
+    )

@@ -116,7 +116,7 @@ def _launch(
         BY_ROW=confidences.by_row,
         LOG=confidences.log,
         **shared,
-        **plan.options(),
+        **plan.options(double=torch_acc == torch.float64),
         **launch.OPTIONS,
     )
     if counter is None:
@@ -195,7 +195,7 @@ def _of_teacher(
         CONTIGUOUS=launch.contiguous(teacher),
         LOG=log,
         ACC=acc,
-        **plan.options(),
+        **plan.options(double=torch_acc == torch.float64),
         **launch.OPTIONS,
     )
     return _Confidences(values, totals, True, log)

@@ -122,7 +122,7 @@ def _launch(
         **launch.heat(o.temperature),
         **permute.arguments(permutation, num_classes, programs * plan.rows, device, tables=not in_registers),
         scratch=scratch,
-        **plan.options(),
+        **plan.options(double=double),
         **launch.OPTIONS,
     )
     if reduced and counter is None:

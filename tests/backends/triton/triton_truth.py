@@ -1,0 +1,79 @@
+"""Truth for the Triton backend: the reference backend on float64 copies of the same bits, on the CPU.
+
+(The reference itself is held to independent float64 and 60-digit formulas in tests/losses.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ban_fast.backends import reference, triton
+from ban_fast.backends.interface import LossOutput
+
+KD: dict[str, Any] = {
+    "temperature": 1.0,
+    "kd_weight": 1.0,
+    "label_weight": 0.0,
+    "divergence": "kl",
+    "scale_t2": True,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "need_grad": True,
+}
+LOSS_ERROR = 3e-6
+"""Of a KL: twice the 1.2e-6 of row_math.py's docstring, and the rest for GPU exponentials (2 units in the last place)."""
+GRADIENT_ERROR = 3e-6
+"""Of the largest element of a row's gradient: likewise, from 1.3e-6."""
+
+
+def logits(rows: int, classes: int, regime: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Student and teacher [rows, classes] in fp32. A born-again student ends "near" its teacher."""
+    generator = torch.Generator().manual_seed(seed * 1000 + classes)
+    teacher = 2 * torch.randn(rows, classes, generator=generator)
+    noise = torch.randn(rows, classes, generator=generator)
+    if regime == "random":
+        return 2 * noise, teacher
+    if regime == "near":
+        return teacher + 1e-3 * noise, teacher
+    if regime == "shifted":
+        return teacher + 1e-3 * noise + 100, teacher
+    if regime == "sharper":
+        return 1.1 * teacher, teacher
+    if regime == "outlier":  # the class that d is measured from is the one that differs
+        near = teacher + 1e-3 * noise
+        return near.scatter_add(1, teacher.argmax(1, keepdim=True), torch.full((rows, 1), 3.0)), teacher
+    assert regime == "far"
+    return 12 * noise, 12 * teacher
+
+
+def truth(name: str, tensors: tuple[Any, ...], **options: Any) -> LossOutput:
+    """The reference on float64 copies; a confidence or a normaliser is widened too."""
+    return getattr(reference, name)(*(_wide(t) for t in tensors), **options)
+
+
+def found(name: str, tensors: tuple[Any, ...], device: torch.device, **options: Any) -> LossOutput:
+    """The Triton backend on `device`, the results on the CPU; the gradient in fp64, grad_scale applied."""
+    output = getattr(triton, name)(*(t.to(device) if isinstance(t, Tensor) else t for t in tensors), **options)
+    loss, kd, label, grad, scale = (None if t is None else t.cpu() for t in output)
+    if grad is not None:
+        grad = grad.double() if scale is None else grad.double() * scale.double()
+    return LossOutput(loss, kd, label, grad, scale)
+
+
+def assert_close(
+    got: LossOutput, wanted: LossOutput, *, loss: float = LOSS_ERROR, gradient: float = GRADIENT_ERROR
+) -> None:
+    """Loss and terms within a relative error, gradients within one of the largest element of their row."""
+    for name in ("loss", "kd", "label"):
+        a, b = getattr(got, name).double(), getattr(wanted, name)
+        assert torch.allclose(a, b, rtol=loss, atol=1e-30, equal_nan=True), (name, a, b)
+    if wanted.grad is not None:
+        assert got.grad is not None
+        size = wanted.grad.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+        worst = ((got.grad - wanted.grad) / size).abs().max()
+        assert worst <= gradient, worst
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -10,7 +10,6 @@ from ban_fast.backends.triton.rows import (
     half_scale,
     is_last_program,
     load_logits,
-    rounded,
     select_rows,
     settled,
     store_reduced,
@@ -38,7 +37,7 @@ def _tile(
     if grad_row is not None:
         for p in tl.static_range(PARTS):
             value = tl.where(cols == y - p * BLOCK, -rest, others[p]) * (scale * slope)
-            value = rounded(tl.where(sound, value, 0.0), grad_row.dtype.element_ty)
+            value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
             tl.store(grad_row + (cols + p * BLOCK), value, mask=masks[p])
     return ce
 
@@ -66,7 +65,7 @@ def _row(
             cols = start + tl.arange(0, BLOCK)[None, :]
             z = load_logits(z_row, cols, student_col, sound & (cols < num_classes), CONTIGUOUS, ACC)
             value = tl.where(cols == y, -rest, exp(z - z_max, ACC)) * (scale * slope)
-            value = rounded(tl.where(sound, value, 0.0), grad_row.dtype.element_ty)
+            value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
             tl.store(grad_row + cols, value, mask=inside & (cols < num_classes))
     return ce
 

@@ -27,7 +27,7 @@ from ban_fast.backends.triton.row_math import (
     or_lost,
     tempered,
 )
-from ban_fast.backends.triton.rows import load_logits, rounded
+from ban_fast.backends.triton.rows import load_logits
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _store_gradient(
         value += apart
     if WITH_LABEL:
         value += tl.where(cols == y, -rest, exp(z - z_max, ACC)) * label_scale
-    value = rounded(tl.where(sound, value, 0.0), grad_row.dtype.element_ty)
+    value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
     tl.store(grad_row + cols, value, mask=inside & (cols < num_classes))
 
 

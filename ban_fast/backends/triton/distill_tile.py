@@ -25,7 +25,7 @@ from ban_fast.backends.triton.row_math import (
     or_lost,
     tempered,
 )
-from ban_fast.backends.triton.rows import load_logits, rounded
+from ban_fast.backends.triton.rows import load_logits
 
 
 @triton.jit
@@ -182,6 +182,6 @@ def distill_tile(
                 if PARTS > 1:  # from the cache: three values a lane, in place of two, would not fit in registers
                     z_p = load_logits(z_row, cols + p * BLOCK, student_col, z_masks[p], CONTIGUOUS, ACC)
                 value += tl.where(cols == y - p * BLOCK, -rest, exp(z_p - z_max, ACC)) * scale
-            value = rounded(tl.where(sound, value, 0.0), grad_row.dtype.element_ty)
+            value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
             tl.store(grad_row + (cols + p * BLOCK), value, mask=z_masks[p])
     return kd_value, label_value

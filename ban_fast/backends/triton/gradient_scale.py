@@ -5,7 +5,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ban_fast.backends.triton import launch
-from ban_fast.backends.triton.rows import rounded
 
 _BLOCK = 4096
 _PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -34,7 +33,7 @@ def scale_kernel(
             offsets = (job % blocks) * BLOCK + tl.arange(0, BLOCK)
             pointers = grad + row * row_length + offsets
             value = tl.load(pointers, mask=offsets < row_length).to(ACC) * factor
-            tl.store(pointers, rounded(value, grad.dtype.element_ty), mask=offsets < row_length)
+            tl.store(pointers, value.to(grad.dtype.element_ty), mask=offsets < row_length)
 
 
 def scale(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tensor:

@@ -96,15 +96,6 @@ def max_and_sum(
 
 
 @triton.jit
-def rounded(value, DTYPE: tl.constexpr):
-    """value in the student's type, to nearest even (which Triton's interpreter has to be told for bf16)."""
-    if DTYPE == tl.bfloat16:
-        return value.to(tl.bfloat16, fp_downcast_rounding="rtne")
-    else:
-        return value.to(DTYPE)
-
-
-@triton.jit
 def settled(value, kept, sound):
     """A row's value as the loss has it: 0 where ignored, NaN where an index is out of range."""
     return tl.where(sound, value, tl.where(kept, float("nan"), 0.0))

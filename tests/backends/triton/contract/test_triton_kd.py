@@ -69,11 +69,9 @@ def test_every_pair_of_dtypes(student_type: torch.dtype, teacher_type: torch.dty
         if acc == torch.float64:
             assert_close(got, wanted, loss=1e-12, gradient=1e-12)
             continue
-        assert_close(got, wanted, gradient=2**-8 if student_type in (torch.float16, torch.bfloat16) else 3e-6)
-        if student_type == teacher_type == torch.bfloat16:  # stored with one rounding: half a unit, at 8 bits
-            assert got.grad is not None
-            assert wanted.grad is not None
-            assert ((got.grad - wanted.grad).abs() <= (2**-9 + 2e-5) * wanted.grad.abs() + 1e-12).all()
+        # The interpreter cuts bf16 off where a GPU rounds to nearest (test_triton_aot.py: cvt.rn).
+        unit = {torch.float16: 2**-10, torch.bfloat16: 2**-7}.get(student_type)
+        assert_close(got, wanted, gradient=3e-6 if unit is None else unit if device.type == "cpu" else unit / 2)
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000, 2050])

@@ -23,6 +23,7 @@ from ban_fast.backends.triton.row_math import (
     far_terms,
     label_term,
     log1p,
+    log_of_sum,
     number,
     or_lost,
     tempered,
@@ -150,6 +151,7 @@ def distill_row(
 
     terms = tl.zeros([1, BLOCK], ACC)
     costs = tl.zeros([1, BLOCK], ACC)
+    others = tl.zeros([1, BLOCK], ACC)
     for start in tl.range(0, num_classes, BLOCK, num_stages=STAGES):
         cols, z, t = _load(start, z_row, t_row, sound, student_col, teacher_col, num_classes, ACC, BLOCK, CONTIGUOUS)
         weight = exp_below(t, t_max, heat, ACC)
@@ -164,6 +166,7 @@ def distill_row(
         terms += more
         if ENTROPY:
             costs += tl.where(weight == 0.0, 0.0, weight * tempered(t_max - t, heat, T_KIND, ACC))
+            others += tl.where(t == t_max, 0.0, weight)
         if grad_row is not None:
             _store_gradient(
                 grad_row, cols, apart, z, y, sound, inside, num_classes, z_max, label_scale, rest,
@@ -171,5 +174,5 @@ def distill_row(
             )  # fmt: skip
     value = tl.sum(terms) * scale
     if ENTROPY:
-        value += tl.log(t_sum) + divide(tl.sum(costs), t_sum, ACC)
+        value += log_of_sum(t_sum, tl.sum(others), ACC) + divide(tl.sum(costs), t_sum, ACC)
     return value, label_value

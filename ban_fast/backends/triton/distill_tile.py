@@ -21,6 +21,7 @@ from ban_fast.backends.triton.row_math import (
     far_terms,
     label_term,
     log1p,
+    log_of_sum,
     or_far,
     or_lost,
     tempered,
@@ -40,10 +41,12 @@ def _student_at_largest(z, t, t_max, PARTS: tl.constexpr):
 @triton.jit
 def _entropy(t, t_max, weight, t_sum, heat, PARTS: tl.constexpr, T_KIND: tl.constexpr, ACC: tl.constexpr):
     costs = ()
+    others = ()
     for p in tl.static_range(PARTS):
         cost = weight[p] * tempered(t_max - t[p], heat, T_KIND, ACC)
         costs = costs + (tl.where(weight[p] == 0.0, 0.0, cost),)
-    return tl.log(t_sum) + divide(total(costs, PARTS), t_sum, ACC)
+        others = others + (tl.where(t[p] == t_max, 0.0, weight[p]),)
+    return log_of_sum(t_sum, total(others, PARTS), ACC) + divide(total(costs, PARTS), t_sum, ACC)
 
 
 @triton.jit
@@ -110,9 +113,8 @@ def _far(z, t, t_max, t_sum, slope, heat, PARTS: tl.constexpr, T_KIND: tl.conste
         others = others + (tl.where(t[p] == t_max, 0.0, apart_p * slope),)
     rest = total(others, PARTS)
     chosen = ()
-    for p in tl.static_range(
-        PARTS
-    ):  # q - p of a class that has nearly all of p and q cancels: it is what the others lack
+    for p in tl.static_range(PARTS):
+        # q - p of a class that has nearly all of p and q cancels: it is what the others lack.
         chosen = chosen + (tl.where((t[p] == t_max) & (t_sum < 2.0), -rest, apart[p]),)
     return total(terms, PARTS), chosen
 

@@ -66,6 +66,12 @@ def log1p(a, ACC: tl.constexpr):
 
 
 @triton.jit
+def log_of_sum(total, others, ACC: tl.constexpr):
+    """log(total), total = 1 for every largest class plus `others`: by `others` where one class has nearly all of it."""
+    return tl.where(total - others < 1.5, log1p(others, ACC), tl.log(total))
+
+
+@triton.jit
 def expm1_minus(x, ACC: tl.constexpr):
     """expm1(x) - x >= 0 for |x| <= 0.5: fp32 by a Chebyshev fit (relative error 3e-8), fp64 by Taylor's 16 terms."""
     if tl.float64 == ACC:

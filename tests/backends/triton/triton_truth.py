@@ -22,9 +22,11 @@ KD: dict[str, Any] = {
     "need_grad": True,
 }
 LOSS_ERROR = 3e-6
-"""Of a KL: twice the 1.2e-6 of row_math.py's docstring, and the rest for GPU exponentials (2 units in the last place)."""
+"""Of a KL: twice the 1.2e-6 of row_math.py's docstring, and the rest for a GPU's exponentials (2 ulp)."""
 GRADIENT_ERROR = 3e-6
 """Of the largest element of a row's gradient: likewise, from 1.3e-6."""
+FAR_ERROR = 6e-6
+"""Of both where logits differ by up to 90: the rounding of such a difference, 90 * 2^-24."""
 
 
 def logits(rows: int, classes: int, regime: str, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_calls() -> None:
-    """The interpreter patches triton.language anew at every call of one kernel function by another, 5 ms each; once does."""
+    """Once is enough to patch triton.language; the interpreter does so at every call in a kernel, 5 ms each."""
     if not INTERPRETED:
         return
     from triton.runtime import interpreter

@@ -149,6 +149,7 @@ struct Temperature {
 template <class T>
 struct UnitTemperature {
   static constexpr bool kUnit = true;
+  static constexpr T value = 1;
   static constexpr T floor = ExpConstants<T>::floor;
 };
 
@@ -164,8 +165,8 @@ BAN_FAST_HD F divide(F x, const Divisor& t) {
   }
 }
 
-// exp(x / T) for x <= 0: within 1 ulp, but where x / T < ExpConstants::floor it is the floor's (2.5e-38 in fp32). NaN
-// stays NaN.
+// exp(x / T) for x / T <= 80: within 1 ulp, but where x / T < ExpConstants::floor it is the floor's (2.5e-38 in fp32).
+// NaN stays NaN.
 template <class F, class Divisor>
 BAN_FAST_HD F exp_above_floor(F x, const Divisor& t) {
   using K = ExpConstants<Scalar<F>>;

@@ -11,13 +11,13 @@ from torch import Tensor
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.005}
 """|u| below which expm1(u) - u comes from its series: the terms left out are under u^4 / 360 of it (3e-7, 2e-12), and
 above it the subtraction loses no more than that."""
-LSE_ABOVE, LSE_BELOW = 20.0, -80.0
-"""d above or below which a row takes log-sum-exp. Above, expm1(d) swamps what the other classes have to say. A class
-that the student all but drops (d < 0) does not, and log-sum-exp would lose their small differences; -80 is where the
-kernels' expm1 ends."""
-LSE_BELOW_MASS = 0.25
-"""1 + A below which a row takes log-sum-exp: A's rounding error grows as 1 / (1 + A), and a student this much more
-peaked than its teacher has no close differences to lose."""
+LEAPING = 20.0
+"""d above which p expm1(d) shows the rounding of d, and is nothing where p underflowed: such a class is weighed by its
+own logit. Measured with one class at d = 21 to 90 and A = e^-12 to e^4: the gradient within 8e-7 so, else 1e-5."""
+LSE_ABOVE_A, LSE_BELOW_MASS = 1.0, 0.25
+"""A above which a row with leaping classes, and 1 + A below which any row, takes log-sum-exp. Log-sum-exp was measured
+within 2e-7 of the gradient at A = 1, and 2e-2 at A = e^-12, for a teacher whose other classes have e^-14. A's rounding
+error grows as 1 / (1 + A), and a student that much more peaked than its teacher has no close differences to lose."""
 
 
 class KdRows(NamedTuple):
@@ -42,10 +42,12 @@ def kd_rows(student: Tensor, teacher: Tensor, temperature: float) -> KdRows:
     p = t_exp / t_sum
 
     d = _exact_difference(student, teacher, alive, r) / temperature
-    near, far = _near_rows(p, d), _far_rows(student, t_shifted, t_sum, p, temperature)
-    mass = 1 + near.a
+    excess = t_exp * d.expm1()
+    if_leaping = (student - student.gather(1, r)) / temperature
+    excess = torch.where(d > LEAPING, if_leaping.exp() - t_exp, excess)
+    near, far = _near_rows(p, excess / t_sum, d), _far_rows(student, t_shifted, t_sum, p, temperature)
     lone = (student_dead ^ teacher_dead).any(dim=1, keepdim=True)
-    take_far = lone | ((d > LSE_ABOVE) | (d < LSE_BELOW)).any(dim=1, keepdim=True) | (mass < LSE_BELOW_MASS)
+    take_far = lone | ((d > LEAPING).any(dim=1, keepdim=True) & (near.a > LSE_ABOVE_A)) | (1 + near.a < LSE_BELOW_MASS)
 
     kl_terms = torch.where(take_far, far.kl_terms, near.kl_terms).clamp_min(0)
     difference = torch.where(take_far, far.difference, near.difference)
@@ -69,15 +71,14 @@ class _Branch(NamedTuple):
     a: Tensor  # [R, 1] sum_i p_i expm1(d_i); unused by the far branch
 
 
-def _near_rows(p: Tensor, d: Tensor) -> _Branch:
-    """From d_i = log(q_i / p_i) - log(q_r / p_r): no step subtracts two numbers that nearly agree by cancellation."""
-    expm1_d = d.expm1()
-    a = (p * expm1_d).sum(dim=1, keepdim=True)
+def _near_rows(p: Tensor, excess: Tensor, d: Tensor) -> _Branch:
+    """From d_i = log(q_i / p_i) - log(q_r / p_r) and p_i expm1(d_i): no step cancels."""
+    a = excess.sum(dim=1, keepdim=True)
     log_mass = a.log1p()
     u = d - log_mass
-    w = expm1_d * (-log_mass).exp() + (-log_mass).expm1()
-    kl_terms = p * torch.where(u.abs() < SERIES_BELOW[u.dtype], _expm1_minus_argument(u), w - u)
-    return _Branch(kl_terms, p * w, a)
+    difference = excess * (-log_mass).exp() + p * (-log_mass).expm1()
+    kl_terms = torch.where(u.abs() < SERIES_BELOW[u.dtype], p * _expm1_minus_argument(u), difference - p * u)
+    return _Branch(kl_terms, difference, a)
 
 
 def _far_rows(student: Tensor, t_shifted: Tensor, t_sum: Tensor, p: Tensor, temperature: float) -> _Branch:

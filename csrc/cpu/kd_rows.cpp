@@ -11,26 +11,27 @@ struct KDRow {
   const T* z;
   const T* t;
   std::int64_t classes, reference;  // reference: where the teacher is largest
-  T *exp, *expm1, *difference, *label;
+  T *exp, *excess, *difference, *label;
   double label_scale;
   bool streamed;
   Upcoming next_z, next_t;
 };
 
 struct KDSums {
-  double s, a;       // of e^x, x = (t - t_r) / T, and of e^x (e^d - 1)
-  double h;          // of -x e^x, where the entropy is wanted
-  double farthest_d;  // largest |d - kNearMiddle|; a NaN may hide from it, but not from a
+  double s, a;      // of e^x, x = (t - t_r) / T, and of e^x (e^d - 1)
+  double h;         // of -x e^x, where the entropy is wanted
+  double largest_d;  // a NaN may hide from it, but not from a
 };
 
-// Fills the row's exp, expm1 and difference. kMasked: elements where both logits are -inf count nothing.
-template <bool kMasked, bool kEntropy, class T, class Divisor>
+// Fills the row's exp, excess and difference. kCareful: elements where both logits are -inf count nothing, and leaping
+// ones count what they are.
+template <bool kCareful, bool kEntropy, class T, class Divisor>
 static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
   const T z_r = row.z[row.reference], t_r = row.t[row.reference];
   const Difference<T> at_r = exact_difference(z_r, t_r);
   const Difference<Vec<T>> reference{Vec<T>(at_r.s), Vec<T>(at_r.e)};
   LaneSum<T> s, a, h;
-  Vec<T> farthest_d(T(0));
+  Vec<T> largest_d(-kInfinity<T>);
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const std::int64_t left = row.classes - i;
     Vec<T> z = load_some<tail>(row.z + i, left, z_r), t = load_some<tail>(row.t + i, left, t_r);
@@ -38,7 +39,7 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
     row.next_t.prefetch(i);
     [[maybe_unused]] typename Vec<T>::Mask counted;
     if constexpr (tail) counted = first_lanes<T>(left);
-    if constexpr (kMasked) {
+    if constexpr (kCareful) {
       const Vec<T> lowest(-kInfinity<T>);
       const auto alive = ~((z == lowest) & (t == lowest));
       if constexpr (tail) {
@@ -50,15 +51,19 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
       t = select(counted, t, Vec<T>(t_r));
     }
     const Vec<T> d = relative_difference(exact_difference(z, t), reference, temperature);
-    const Vec<T> shifted = t - Vec<T>(t_r), e = expm1(d);
-    Vec<T> p = exp_above_floor(shifted, temperature);
-    if constexpr (kMasked || tail) p = select(counted, p, Vec<T>(T(0)));
+    const Vec<T> shifted = t - Vec<T>(t_r);
+    Vec<T> p = kCareful ? exp_quotient(shifted, temperature) : exp_above_floor(shifted, temperature);
+    if constexpr (kCareful || tail) p = select(counted, p, Vec<T>(T(0)));
+    Vec<T> more = excess(p, d);
+    if constexpr (kCareful) {
+      more = select(Vec<T>(T(kLeaping)) < d, leaping_excess(p, z - Vec<T>(z_r), temperature), more);
+    }
     s.add(p);
-    a.add_product(p, e);
+    a.add(more);
     if constexpr (kEntropy) h.add_product(p, divide(larger(shifted, Vec<T>(temperature.floor)), temperature));
-    farthest_d = larger_magnitude(farthest_d, d - Vec<T>(T(kNearMiddle)));
+    largest_d = larger(largest_d, d);
     store(row.exp + i, p);
-    store(row.expm1 + i, e);
+    store(row.excess + i, more);
     store(row.difference + i, d);
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA {
@@ -66,7 +71,7 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
     a.end_block();
     if constexpr (kEntropy) h.end_block();
   });
-  return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, double(largest_lane(farthest_d))};
+  return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, double(largest_lane(largest_d))};
 }
 
 // KL by the difference form, and the gradient, unless To is NoGradient.
@@ -77,11 +82,11 @@ static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near,
   const Vec<T> scale(T(kd_scale * inverse)), label(static_cast<T>(row.label_scale));
   LaneSum<T> divergence;
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-    const Vec<T> p = load(row.exp + i);
-    const auto ratio = near_ratio(load(row.difference + i), load(row.expm1 + i), log_mass, exp_neg, expm1_neg);
-    divergence.add_product(p, divergence_term(ratio));
+    const Apart<Vec<T>> apart = near_apart(load(row.exp + i), load(row.excess + i), load(row.difference + i), log_mass,
+                                           exp_neg, expm1_neg);
+    divergence.add(divergence_term(apart));
     if constexpr (!std::is_same_v<To, NoGradient>) {
-      Vec<T> g = p * (ratio.minus_one * scale);
+      Vec<T> g = apart.minus_p * scale;
       if constexpr (kLabel) g = madd(load(row.label + i), label, g);
       put<tail>(gradient + i, g, row.classes - i, row.streamed);
     }
@@ -104,7 +109,7 @@ static double far_difference(const KDRow<T> row, const Temperature<T> temperatur
     const Vec<T> q = exp_quotient(z - z_max, temperature), p = exp_quotient(t - t_max, temperature);
     q_sum.add(q);
     p_sum.add(p);
-    store(row.expm1 + i, q);
+    store(row.excess + i, q);
     store(row.exp + i, p);
   };
   for_vectors<T>(0, row.classes, sum_body, [&]() BAN_FAST_LAMBDA {
@@ -119,11 +124,11 @@ static double far_difference(const KDRow<T> row, const Temperature<T> temperatur
     const std::int64_t left = row.classes - i;
     const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>);
     const Vec<T> t = load_some<tail>(row.t + i, left, -kInfinity<T>);
-    const Vec<T> q = load(row.expm1 + i) * q_scale, p = load(row.exp + i) * p_scale;
-    const Vec<T> apart = divide((z - z_max) - (t - t_max), temperature);
-    const Ratio<Vec<T>> ratio{select(z == lowest, lowest, apart + log_ratio), q - p};
-    divergence.add(far_term(q, p, ratio));
-    store(row.exp + i, ratio.minus_one);
+    const Vec<T> q = load(row.excess + i) * q_scale, p = load(row.exp + i) * p_scale;
+    const Vec<T> log_exps = divide((z - z_max) - (t - t_max), temperature);
+    const Apart<Vec<T>> apart{p, q - p, select(z == lowest, lowest, log_exps + log_ratio)};
+    divergence.add(far_term(q, apart));
+    store(row.exp + i, apart.minus_p);
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
   return divergence.value();
@@ -155,7 +160,7 @@ class KDRows {
     row.classes = classes;
     row.reference = row_peak(row.t, classes).index;
     row.exp = scratch_.row(buffers + 2);
-    row.expm1 = scratch_.row(buffers + 3);
+    row.excess = scratch_.row(buffers + 3);
     row.difference = scratch_.row(buffers + 4);
     row.label = scratch_.row(buffers + 5);
     row.streamed = job_.gradient.streamed;
@@ -211,12 +216,12 @@ class KDRows {
     } else {
       sums = is_unit ? near_sums<false, false>(row, unit) : near_sums<false, false>(row, temperature_);
     }
-    return std::isnan(sums.a) ? near_sums<true, true>(row, temperature_) : sums;
+    return is_leaping(sums.largest_d, sums.s, sums.a) ? near_sums<true, true>(row, temperature_) : sums;
   }
 
   template <class To>
   double distil(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
-    const bool near = is_near(sums.farthest_d, sums.s, sums.a);
+    const bool near = is_near(sums.largest_d, sums.s, sums.a);
     NoGradient* const none = nullptr;
     if constexpr (std::is_same_v<To, NoGradient>) {
       return near ? near_gradient<false>(row, sums.s, scalars, 0.0, none) : far_difference(row, temperature_);

@@ -178,22 +178,6 @@ BAN_FAST_HD Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a;
 }
 
-// The larger of a and |x|; a where x is NaN. a >= 0.
-template <class T>
-BAN_FAST_HD Vec<T> larger_magnitude(Vec<T> a, Vec<T> x) {
-#if defined(__AVX512DQ__)
-  constexpr int kLargerMagnitudeUnsigned = 0x0b;
-  if constexpr (sizeof(T) == 4) {
-    a.part[0] = _mm512_range_ps(a.part[0], x.part[0], kLargerMagnitudeUnsigned);
-  } else {
-    a.part[0] = _mm512_range_pd(a.part[0], x.part[0], kLargerMagnitudeUnsigned);
-  }
-  return a;
-#else
-  return larger(a, magnitude(x));
-#endif
-}
-
 template <class M>
 BAN_FAST_HD bool any(Vec<M> mask) {
 #if defined(__AVX512F__)

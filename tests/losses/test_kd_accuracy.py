@@ -101,22 +101,49 @@ def test_flat_and_sharp_logits(backend: str, scale: float) -> None:
             assert truth.relative_error(loss, expected) < 1e-5
 
 
-@pytest.mark.parametrize("gap", [15.0, -25.0, -60.0])
-def test_a_negligible_class_far_off_costs_the_others_nothing(backend: str, gap: float) -> None:
-    """A peaked teacher, a student 0.01 away, and one class of probability e^-50 where they differ by `gap`.
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.5, 20.0])
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("gap", [15.0, 25.0, 60.0, 90.0, -25.0, -60.0, -100.0])
+def test_negligible_classes_far_off_cost_the_others_nothing(
+    backend: str, gap: float, many: bool, temperature: float
+) -> None:
+    """A peaked teacher, a student 0.01 away, and classes negligible to both on which they differ by gap T.
 
-    Taking the row to log-sum-exp for it would cost 1 to 7 % of the gradient. (From 20 up it does.)
+    Taking the row to log-sum-exp for them would cost 1 to 7 % of the gradient. At 60 and 90 the teacher's probability
+    underflows in fp32 (e^-90, e^-120), where the student's, e^-30, does not.
     """
     torch.manual_seed(0)
-    teacher = torch.randn(64, 100)
-    teacher[:, 0] += 14
-    teacher[:, 7] -= 40
-    student = near(teacher, 0.0, 1e-2)
-    student[:, 7] = teacher[:, 7] + gap
-    student.requires_grad_()
-    loss, expected = kd_loss(student, teacher, backend=backend), truth.kd(student, teacher)
-    assert truth.relative_error(truth.gradient(loss, student), truth.gradient(expected, student)) < GRADIENT
-    assert truth.relative_error(loss, expected) < VALUE
+    for classes in (10, 100, 10000):
+        teacher = torch.randn(max(4, 2000 // classes), classes)
+        teacher[:, 0] += 14
+        off = slice(3, 3 + classes // 4) if many else slice(7, 8)
+        teacher[:, off] = -30 - max(gap, 0.0) + torch.randn_like(teacher[:, off])
+        student = near(teacher, 0.0, 1e-2)
+        student[:, off] = teacher[:, off] + gap
+        teacher, student = teacher * temperature, (student * temperature).requires_grad_()
+        loss = kd_loss(student, teacher, temperature=temperature, backend=backend)
+        expected = truth.kd(student, teacher, temperature=temperature)
+        assert truth.relative_error(truth.gradient(loss, student), truth.gradient(expected, student)) < GRADIENT
+        assert truth.relative_error(loss, expected) < VALUE
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.5, 20.0])
+@pytest.mark.parametrize("gap", [21.0, 60.0, 90.0])
+def test_a_leaping_class_of_any_mass(backend: str, gap: float, temperature: float) -> None:
+    """The student's class has e^-12 to e^4 times the teacher's whole mass: across the change to log-sum-exp at 1."""
+    torch.manual_seed(1)
+    for classes in (10, 100, 10000):
+        for mass in (-12.0, -7.0, -3.0, -0.1, 0.1, 4.0):
+            teacher = torch.randn(max(4, 500 // classes), classes)
+            teacher[:, 0] += 14
+            student = near(teacher, 0.0, 1e-2)
+            teacher[:, 7] = teacher.logsumexp(1) + mass - gap
+            student[:, 7] = teacher[:, 7] + gap
+            teacher, student = teacher * temperature, (student * temperature).requires_grad_()
+            loss = kd_loss(student, teacher, temperature=temperature, backend=backend)
+            expected = truth.kd(student, teacher, temperature=temperature)
+            assert truth.relative_error(truth.gradient(loss, student), truth.gradient(expected, student)) < GRADIENT
+            assert truth.relative_error(loss, expected) < VALUE
 
 
 def test_student_peaked_where_a_flat_teacher_has_its_argmax(backend: str) -> None:

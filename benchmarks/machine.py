@@ -15,6 +15,7 @@ import torch
 import ban_fast
 
 ROOT = Path(__file__).resolve().parent.parent
+BUSY = 0.5  # of a load average: above it something else was running
 
 
 def describe(device: str, commit: str | None = None) -> dict[str, Any]:
@@ -114,7 +115,10 @@ def _source() -> dict[str, Any]:
     commit = _run("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "dirty": None}
-    written_here = (":!benchmarks/results", ":!benchmarks/README.md", ":!README.md")
+    written_here = tuple(
+        f":!{path}"
+        for path in ("benchmarks/results", "benchmarks/README.md", "README.md", "ban_fast/backends/table.json")
+    )
     status = _run("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *written_here)
     return {"commit": commit, "dirty": bool(status)}
 

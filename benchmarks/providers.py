@@ -51,24 +51,19 @@ def providers(objective: Objective, dtype: Dtype, device: str, *, autotune: bool
     return found + _liger(objective, device)
 
 
-def automatic(device: str) -> str:
+def automatic(objective: Objective, device: str, dtype: torch.dtype, shape: tuple[int, int]) -> str:
     """The name of the provider that backend="auto" comes to."""
-    where = torch.device(device)
-    chosen = dispatch.resolve("auto", where)
-    names = [name for name, problem in dispatch.available().items() if problem is None]
-    return next(f"ban_fast {name}" for name in names if dispatch.resolve(name, where) is chosen)
+    loss = "cwtm" if objective.startswith("cwtm") else "kd" if objective.startswith("kd") else "dkpp"
+    chosen = dispatch.resolve("auto", loss, torch.empty(shape, dtype=dtype, device=device))
+    there = [name for name, problem in dispatch.available(device).items() if problem is None]
+    return next(f"ban_fast {name}" for name in there if dispatch.named(name, device) is chosen)
 
 
 def _ours(objective: Objective, device: str) -> list[Provider]:
     found = []
-    for backend, problem in dispatch.available().items():
+    for backend, problem in dispatch.available(device).items():
         if problem is None and backend == "triton" and device == "cpu":
             problem = "on CPU tensors it runs in Triton's interpreter, whose time says nothing"
-        if problem is None:
-            try:
-                dispatch.resolve(backend, torch.device(device))
-            except ValueError as error:
-                problem = str(error)
         found.append(
             Provider(
                 name=f"ban_fast {backend}",

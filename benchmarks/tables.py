@@ -14,7 +14,6 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NOT_MEASURED = "not measured yet"
 Results = dict[str, Any]
 STREAMS = ("copy", "2R1W")
-BUSY = 0.5  # of a load average: above it something else was running
 
 
 def load(folder: Path) -> list[Results]:
@@ -68,7 +67,7 @@ def caption(results: Results) -> str:
     packages = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     threads = f"{hardware['threads']} threads, {hardware['vector']}, L3 {hardware['l3']}, {hardware['libc']}"
     lines = [f"{machine.name(results)} ({threads}); {packages}; {commit}{modified}; {results['date']}."]
-    if results["load_at_start"] > BUSY:
+    if results["load_at_start"] > machine.BUSY:
         lines.append(f"Preliminary: the machine was busy (load {results['load_at_start']:.1f} at the start).")
     return " ".join(lines)
 

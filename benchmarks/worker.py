@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.inputs import TORCH_DTYPE
 from benchmarks.measure import measure_case
 from benchmarks.providers import automatic, providers
 
@@ -25,7 +26,8 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     device = torch.device(request["device"])
     candidates = providers(case.objective, case.dtype, request["device"], autotune=request["autotune"])
     records = measure_case(case, candidates, device, request["settings"], seconds=request["seconds"])
-    return [record | {"automatic": automatic(request["device"])} for record in records]
+    ours = automatic(case.objective, request["device"], TORCH_DTYPE[case.dtype], (case.rows, case.classes))
+    return [record | {"automatic": ours} for record in records]
 
 
 def _read(requests: queue.SimpleQueue[str]) -> None:

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends import dispatch
+from ..backends import dispatch, table
 from ..data import cifar
 
 _DISTRIBUTIONS = ("torch", "torchvision", "numpy", "triton")
@@ -73,9 +74,22 @@ def _devices() -> dict[str, str]:
 
 
 def _backends() -> dict[str, str]:
-    return {
-        name: "there" if problem is None else f"not there: {problem}" for name, problem in dispatch.available().items()
-    }
+    found = {}
+    for device in dispatch.PRIOR:
+        for name, problem in dispatch.available(device).items():
+            found[f"{name} on {device}"] = "there" if problem is None else f"not there: {problem}"
+        found[f"auto on {device}"] = _auto(device)
+    return found
+
+
+def _auto(device: str) -> str:
+    """What backend="auto" follows on a type of device."""
+    measured = table.measured(device)
+    if measured is None:
+        return f"not measured on this device: {', else '.join(dispatch.PRIOR[device])}"
+    cells = Counter(backend for shapes in measured.fastest.values() for backend in shapes.values())
+    count = ", ".join(f"{name} in {number}" for name, number in cells.most_common())
+    return f"{count} of {cells.total()} cells, measured {measured.date[:10]} on {measured.machine}"
 
 
 def _datasets(root: Path) -> dict[str, str]:

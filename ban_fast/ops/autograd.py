@@ -35,7 +35,7 @@ def evaluate(
         dispatch.check_name(backend)
         loss, kd, label = _evaluate_traced(name, student, inputs, need_grad, backend, options)
     else:
-        chosen = dispatch.resolve(backend, student.device)
+        chosen = dispatch.resolve(backend, name, student)
         output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, **options)
         kd, label = output.kd, output.label
         loss = _Stored.apply(student_logits, output, chosen, backend) if need_grad else output.loss
@@ -142,7 +142,7 @@ torch.library.define(
 @torch.library.impl("ban_fast::scale_grad", "default")
 def _scale_grad(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
     scale = grad_scale if grad_scale.dim() == 0 else None
-    return dispatch.resolve(backend, grad.device).scale_grad_(grad.clone(), grad_output, scale)
+    return dispatch.resolve(backend, "kd", grad).scale_grad_(grad.clone(), grad_output, scale)
 
 
 def _scale_grad_fake(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:

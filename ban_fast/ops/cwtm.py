@@ -31,7 +31,7 @@ def _cwtm(
     backend: str,
     **options: Any,
 ) -> Packed:
-    chosen = dispatch.resolve(backend, student.device)
+    chosen = dispatch.resolve(backend, "cwtm", student)
     return pack(chosen.cwtm(student, teacher, labels, confidence, normalizer, teacher_rows, **options))
 
 

@@ -38,7 +38,7 @@ def _dkpp(
     backend: str,
     **options: Any,
 ) -> Packed:
-    chosen = dispatch.resolve(backend, student.device)
+    chosen = dispatch.resolve(backend, "dkpp", student)
     return pack(chosen.dkpp(student, teacher, labels, sample_ids, step, teacher_rows, **options))
 
 
@@ -59,7 +59,7 @@ def _dkpp_targets(
     backend: str,
     **options: Any,
 ) -> Tensor:
-    return dispatch.resolve(backend, teacher.device).dkpp_targets(teacher, sample_ids, step, teacher_rows, **options)
+    return dispatch.resolve(backend, "dkpp", teacher).dkpp_targets(teacher, sample_ids, step, teacher_rows, **options)
 
 
 def _dkpp_targets_fake(
@@ -187,7 +187,7 @@ def dkpp_targets(
         dispatch.check_name(backend)
         targets: Tensor = torch.ops.ban_fast.dkpp_targets(*inputs, seed=seed, temperature=temperature, backend=backend)
     else:
-        chosen = dispatch.resolve(backend, teacher_logits.device)
+        chosen = dispatch.resolve(backend, "dkpp", inputs[0])
         targets = chosen.dkpp_targets(*inputs, seed=seed, temperature=temperature)
     return targets.view(shape)
 

@@ -29,7 +29,7 @@ def _kd(
     backend: str,
     **options: Any,
 ) -> Packed:
-    return pack(dispatch.resolve(backend, student.device).kd(student, teacher, labels, teacher_rows, **options))
+    return pack(dispatch.resolve(backend, "kd", student).kd(student, teacher, labels, teacher_rows, **options))
 
 
 def _kd_fake(student: Tensor, *inputs: Tensor | None, reduction: str, need_grad: bool, **options: Any) -> Packed:

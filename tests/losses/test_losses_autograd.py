@@ -66,7 +66,7 @@ def test_no_gradient_is_computed_that_nobody_can_ask_for(
     backend: str, loss_function: Loss, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher = logits()
-    module = dispatch.resolve(backend, torch.device("cpu"))
+    module = dispatch.named(backend, "cpu")
     name = loss_function.__name__.removesuffix("_loss")
     compute, outputs = getattr(module, name), []
 
@@ -88,7 +88,7 @@ def test_no_gradient_is_computed_that_nobody_can_ask_for(
 
 
 def test_outputs_share_no_memory(backend: str) -> None:
-    module = dispatch.resolve(backend, torch.device("cpu"))
+    module = dispatch.named(backend, "cpu")
     student, teacher = (tensor.detach() for tensor in logits())
     options = {"temperature": 1.0, "kd_weight": 1.0, "label_weight": 0.0, "divergence": "kl", "scale_t2": True}
     for reduction in ("mean", "none"):

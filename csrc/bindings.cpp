@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/pool.h"
 #include "losses.h"
 #ifdef BAN_FAST_WITH_CUDA
 #include "cuda/info.h"
@@ -122,6 +123,16 @@ void scale_gradient(Address gradient, int dtype, std::int64_t rows, std::int64_t
   });
 }
 
+// The block's bytes, for torch.frombuffer: its tensor keeps the object, and so the block, as long as any storage does.
+py::buffer_info bytes_of(ban_fast::PooledMemory& block) {
+  return py::buffer_info(static_cast<std::uint8_t*>(block.data()), py::ssize_t(block.size()));
+}
+
+py::tuple pool_use() {
+  const ban_fast::PoolUse use = ban_fast::pool_use();
+  return py::make_tuple(use.owned, use.most_owned, use.kept);
+}
+
 py::dict cuda_info() {
   py::dict info;
 #ifdef BAN_FAST_WITH_CUDA
@@ -145,6 +156,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("dkpp_targets", &dkpp_targets);
   m.def("dkpp_permutation", &dkpp_permutation);
   m.def("scale_gradient", &scale_gradient);
+  py::class_<ban_fast::PooledMemory>(m, "PooledMemory", py::buffer_protocol(),
+                                     "Memory of the pool for gradients, with the buffer protocol; its size in bytes.")
+      .def(py::init<std::size_t>())
+      .def_buffer(&bytes_of);
+  m.def("pool_use", &pool_use);
+  m.def("empty_pool", &ban_fast::empty_pool);
   m.def("instruction_set", &ban_fast::instruction_set,
         "Instruction set of the CPU kernels; the environment variable BAN_FAST_ISA can name another that is there.");
   m.def("cuda_info", &cuda_info,

@@ -1,6 +1,9 @@
 """The native backend: C++ kernels on CPU tensors (csrc/). This module allocates outputs and hands addresses over.
 
 The functions of `interface.Backend`. Importing it is an ImportError where `ban_fast._native` was not built.
+
+Large results are made of memory that is kept for the next: never more than was in use at once, nor more than 1 GiB, or
+than BAN_FAST_POOL_MIB from the environment. `empty_pool` gives back what is not in use.
 """
 
 import torch
@@ -19,6 +22,8 @@ except ImportError as error:
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _REDUCTION = {"mean": 0, "sum": 1, "none": 2}
 _NO_MATRIX = (0, 0, 0, 0, 0)
+_POOLED_FROM = 1 << 20
+"""Bytes. Of less, fresh memory costs under a tenth of the kernel's time, and malloc keeps most of it."""
 
 
 def kd(
@@ -133,7 +138,9 @@ def dkpp_targets(
     teacher_rows, sample_ids = _contiguous(teacher_rows), _contiguous(sample_ids)
     rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
     classes = teacher.shape[1]
-    targets = teacher.new_empty((rows, classes), dtype=_acc(teacher))
+    shape, dtype = torch.Size((rows, classes)), _acc(teacher)
+    is_large = shape.numel() * dtype.itemsize >= _POOLED_FROM
+    targets = _pooled(shape, dtype) if is_large else teacher.new_empty(shape, dtype=dtype)
     offence = _native.dkpp_targets(
         _matrix(teacher),
         (rows, classes, 0, _address(teacher_rows), 0),
@@ -185,16 +192,35 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
     return grad
 
 
+def empty_pool() -> None:
+    """Give the memory that is kept for large results, and not in use, back to the system."""
+    _native.empty_pool()
+
+
 def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
     """Outputs without values. empty_like takes 0.7 us, new_empty 1 to 2.5: much, beside a small batch's 6 us."""
     shape = student.shape[:1] if reduction == "none" else ()
     loss = student.new_empty(shape, dtype=_acc(student))
     grad = grad_scale = None
     if need_grad:
-        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        if student.nbytes < _POOLED_FROM:
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        else:
+            grad = _pooled(student.shape, student.dtype)
         if student.dtype == torch.float16:
             grad_scale = student.new_empty((), dtype=loss.dtype)
     return LossOutput(loss, torch.empty_like(loss), torch.empty_like(loss), grad, grad_scale)
+
+
+def _pooled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor without values, of memory from the pool (csrc/cpu/pool.h).
+
+    Its storage keeps the block of the pool, so nobody else is given it while a view, a saved tensor or a parameter's
+    .grad has that storage. Like memory of numpy's it cannot grow: resize_() to more elements is refused.
+    """
+    elements = shape.numel()
+    block = _native.PooledMemory(elements * dtype.itemsize)
+    return torch.frombuffer(block, dtype=dtype, count=elements).view(shape)
 
 
 def _result(output: LossOutput) -> tuple[int, int, int, int, int]:

@@ -1,0 +1,256 @@
+"""A dense block whose features exist once: forward and backward over one channels-last buffer.
+
+Every consumer of a channel normalises it with the same batch statistics, so they are computed once, where the channel
+is produced. With z = scale * (x - mean) + bias, scale = weight / std, the gradient of x over its consumers l is
+
+    sum_l scale_l dz_l  -  sum_l scale_l mean(dz_l)  -  (x - mean) sum_l scale_l / var_l mean(dz_l (x - mean))
+
+Backward goes through the consumers in reverse. Each adds scale_l dz_l to the block's gradient buffer, and its two sums,
+from which its weight and bias have their gradients, to those of the second and third term; the producer takes these
+two off, once. Normalised activations are never kept: they are made for a few images at a time, few enough for the
+cache, and again in backward.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ban_fast.backends import dense_passes as passes
+from ban_fast.backends.dense_convolution import channels_last, convolve, convolve_backward, images_first, rows
+from ban_fast.backends.dense_shape import Affine, Norm, Shape
+from ban_fast.backends.dense_statistics import finish, sum_over_ranks
+
+
+class Saved(NamedTuple):
+    """What backward needs beside forward's arguments: 5 growths a pixel and unit, and vectors."""
+
+    features: Tensor
+    """[B, H, W, C]: the block's input, then what every unit grew."""
+    hidden: list[Tensor]
+    """[B, H, W, 4k] of every unit: what its 1x1 convolution made. Empty where forward was not to keep them."""
+    statistics: Tensor
+    """[2, C] acc: batch mean and biased variance of the features; zeros where no norm asks for them."""
+    hidden_statistics: Tensor
+    """[n, 2, 4k] acc, likewise."""
+    total: Tensor
+    """[] acc: over how many values these are, all ranks' together."""
+
+
+class Need(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    convs: Sequence[bool]
+    norms: Sequence[bool]
+
+    def first_unit(self, units: int) -> int:
+        """The first unit that backward must come down to; `units` where the exit is all."""
+        if self.x:
+            return 0
+        wanted = [unit for unit in range(units) if any((*self.convs[2 * unit :][:2], *self.norms[2 * unit :][:2]))]
+        return min(wanted, default=units)
+
+
+class Gradients(NamedTuple):
+    """Gradients of forward's tensors; None where none was asked for."""
+
+    x: Tensor | None
+    convs: list[Tensor | None]
+    norms: list[Tensor | None]
+    """[2, C] acc: of weight and bias."""
+
+
+def forward(
+    x: Tensor,  # [B, C0, H, W]
+    convs: Sequence[
+        Tensor
+    ],  # [4k, C, 1, 1] and [k, 4k, 3, 3] of every unit; then the exit's [out, C, 1, 1], if it has one
+    norms: Sequence[Norm],  # two of every unit, then the exit's
+    *,
+    group: str,
+    keep: bool,
+) -> tuple[Tensor, Saved]:
+    """The units, then the exit: relu(norm(features)), convolved to [B, out, H, W], or averaged to [B, C].
+
+    `group` names the process group whose ranks share batch statistics; "" is none.
+    """
+    shape = Shape.of(x, convs, norms)
+    features, total = shape.maps(shape.channels), shape.vectors() + 1
+    hidden: list[Tensor] = []
+    statistics, hidden_statistics = shape.vectors(2, shape.channels), shape.vectors(shape.units, 2, shape.bottleneck)
+    batch = any(norm.mean is None for norm in norms[::2])
+
+    entry = features[..., : shape.entry]
+    entry.copy_(x.permute(0, 2, 3, 1))
+    if batch:
+        moments = shape.parts(shape.entry)
+        for images, part in zip(shape.chunks, moments, strict=True):
+            passes.moments(rows(entry[images]), part)
+        total = finish(moments, shape.rows, group, statistics[:, : shape.entry])
+    for unit in range(shape.units):
+        width, grown = shape.read_by(unit), shape.grown_by(unit)
+        reduce, grow = norms[2 * unit : 2 * unit + 2]
+        between = shape.maps(shape.bottleneck)
+        affine = Affine.of(reduce, statistics[:, :width])
+        parts = _convolve(shape, features[..., :width], affine, convs[2 * unit], between, grow.mean is None)
+        if parts is not None:
+            total = finish(parts, shape.rows, group, hidden_statistics[unit])
+        affine = Affine.of(grow, hidden_statistics[unit])
+        parts = _convolve(shape, between, affine, convs[2 * unit + 1], features[..., grown], batch)
+        if parts is not None:
+            total = finish(parts, shape.rows, group, statistics[:, grown])
+        if keep:
+            hidden.append(between)
+    y = _leave(shape, features, Affine.of(norms[-1], statistics), convs[2 * shape.units :])
+    return y, Saved(features, hidden, statistics, hidden_statistics, total)
+
+
+def _convolve(
+    shape: Shape,
+    source: Tensor,  # [B, H, W, C], any pitch
+    affine: Affine,
+    weight: Tensor,  # [out, C, 1, 1] or [out, C, 3, 3]
+    into: Tensor,  # [B, H, W, out], any pitch
+    measured: bool,
+) -> Tensor | None:
+    """into = convolution of relu(affine(source)). If `measured`, returns moments of what it made, [chunks, 2, out]."""
+    parts = shape.parts(weight.shape[0])
+    for images, part in zip(shape.chunks, parts, strict=True):
+        a = _activation(shape, source[images], affine)
+        y = convolve(a, weight)
+        into[images] = y
+        if measured:
+            passes.moments(rows(y), part)
+    return parts if measured else None
+
+
+def _activation(shape: Shape, x: Tensor, affine: Affine) -> Tensor:  # [b, H, W, C]
+    out = shape.room[: x.numel()].view(x.shape)
+    passes.activate(rows(x), affine.scale, affine.shift, rows(out))
+    return out
+
+
+def _leave(shape: Shape, features: Tensor, affine: Affine, convs: Sequence[Tensor]) -> Tensor:
+    if convs:
+        y = shape.maps(convs[0].shape[0])
+        _convolve(shape, features, affine, convs[0], y, False)
+        return images_first(y)
+    y = shape.new(shape.batch, shape.channels)
+    for images in shape.chunks:
+        y[images] = _activation(shape, features[images], affine).mean((1, 2))
+    return y
+
+
+def backward(
+    grad: Tensor,  # as forward's result
+    saved: Saved,
+    convs: Sequence[Tensor],
+    norms: Sequence[Norm],
+    need: Need,
+    *,
+    group: str,
+) -> Gradients:
+    """The gradients that `need` asks for. No argument is changed."""
+    work = _Backward(saved, convs, norms, need, group)
+    units = work.shape.units
+    work.leave(grad)
+    for unit in reversed(range(need.first_unit(units), units)):
+        work.unit(unit)
+    return Gradients(work.entry() if need.x else None, work.conv_grads, work.norm_grads)
+
+
+Upstream = Callable[[slice], Tensor]
+"""From some images to the gradient of what was made of them, [b, H, W, C] in the features' dtype, contiguous."""
+
+
+class _Backward:
+    """The block's gradient buffer, and what the producers of its channels have yet to take off."""
+
+    def __init__(self, saved: Saved, convs: Sequence[Tensor], norms: Sequence[Norm], need: Need, group: str) -> None:
+        self.saved, self.convs, self.norms, self.need, self.group = saved, convs, norms, need, group
+        entry = norms[0].weight.shape[0]
+        self.shape = Shape.of(images_first(saved.features[..., :entry]), convs, norms)
+        self.grad = self.shape.maps(self.shape.channels, saved.statistics.dtype)
+        self.terms = self.shape.vectors(2, self.shape.channels)
+        self.conv_grads: list[Tensor | None] = [None] * len(convs)
+        self.norm_grads: list[Tensor | None] = [None] * len(norms)
+
+    def leave(self, grad: Tensor) -> None:  # as forward's result
+        """Through the exit. It reads every channel and comes first, so the buffer needs no zeros."""
+        shape, saved = self.shape, self.saved
+
+        def upstream(images: slice) -> Tensor:
+            if grad.dim() == 4:
+                return channels_last(grad[images])
+            mean = grad[images] / (shape.height * shape.width)
+            return mean[:, None, None].expand(-1, shape.height, shape.width, -1).contiguous()
+
+        self.consume(2 * shape.units, upstream, saved.features, saved.statistics, self.grad, self.terms, add=False)
+
+    def unit(self, unit: int) -> None:
+        """Through a unit's two convolutions, from the channels that it grew to those that it read."""
+        shape, saved, width = self.shape, self.saved, self.shape.read_by(unit)
+        hidden, statistics = saved.hidden[unit], saved.hidden_statistics[unit]
+        grad, terms = shape.maps(shape.bottleneck, self.grad.dtype), torch.zeros_like(statistics)
+        self.consume(2 * unit + 1, self.made(shape.grown_by(unit)), hidden, statistics, grad, terms, add=False)
+        upstream = self.corrected(grad, hidden, statistics, terms)
+        features, statistics = saved.features[..., :width], saved.statistics[:, :width]
+        grad, terms = self.grad[..., :width], self.terms[:, :width]
+        self.consume(2 * unit, upstream, features, statistics, grad, terms, add=True)
+
+    def entry(self) -> Tensor:  # [B, C0, H, W]
+        """The gradient of the block's input."""
+        shape = self.shape
+        out, upstream = shape.maps(shape.entry), self.made(slice(0, shape.entry))
+        for images in shape.chunks:
+            out[images] = upstream(images)
+        return images_first(out)
+
+    def made(self, channels: slice) -> Upstream:
+        """The gradient of some channels, all of whose consumers have been gone through."""
+        saved, terms = self.saved, self.terms[:, channels]
+        return self.corrected(
+            self.grad[..., channels], saved.features[..., channels], saved.statistics[:, channels], terms
+        )
+
+    def corrected(self, grad: Tensor, x: Tensor, statistics: Tensor, terms: Tensor) -> Upstream:
+        p, q = sum_over_ranks(terms, self.group) / self.saved.total
+
+        def upstream(images: slice) -> Tensor:
+            out = self.shape.new(*x[images].shape)
+            passes.correct(rows(grad[images]), rows(x[images]), statistics[0], p, q, rows(out))
+            return out
+
+        return upstream
+
+    def consume(
+        self,
+        index: int,
+        upstream: Upstream,
+        source: Tensor,  # [B, H, W, C], any pitch
+        statistics: Tensor,  # [2, C]
+        into: Tensor,  # [B, H, W, C] acc, any pitch
+        terms: Tensor,  # [2, C]
+        *,
+        add: bool,
+    ) -> None:
+        """Through the convolution number `index`, if there is one, ReLU, and the norm of that number, to `source`."""
+        norm, wanted = self.norms[index], index < len(self.convs) and self.need.convs[index]
+        affine, sums = Affine.of(norm, statistics), torch.zeros_like(terms)
+        weight_grad = torch.zeros_like(self.convs[index], dtype=terms.dtype) if wanted else None
+        for images in self.shape.chunks:
+            a, grad = _activation(self.shape, source[images], affine), upstream(images)
+            if index < len(self.convs):
+                grad, part = convolve_backward(grad, a, self.convs[index], wanted)
+                if weight_grad is not None and part is not None:
+                    weight_grad += part
+            x, to = rows(source[images]), rows(into[images])
+            passes.deposit(rows(grad), rows(a), x, affine.scale, affine.mean, to, sums, add=add)
+        if weight_grad is not None:
+            self.conv_grads[index] = weight_grad.to(self.convs[index].dtype)
+        if self.need.norms[index]:
+            self.norm_grads[index] = torch.stack((sums[1] * affine.inverse_std, sums[0]))
+        if norm.mean is None:
+            terms += sums * torch.stack((affine.scale, affine.scale * affine.inverse_std.square()))

@@ -1,0 +1,55 @@
+"""The four passes over memory that a dense block is made of, beside its convolutions, in eager torch.
+
+Rows are pixels: x is [R, C] with any pitch, so the first channels of a wider channels-last buffer cost no copy.
+"acc" is fp64 for fp64 features and fp32 for all others; vectors over channels are acc. Nothing syncs a GPU's host.
+"""
+
+import torch
+from torch import Tensor
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics and gradients of features of `dtype` are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:  # [R, C], [C], [C], [R, C]
+    """out = relu(x * scale + shift) in acc, rounded once: batch norm and ReLU."""
+    if x.dtype == scale.dtype:
+        torch.addcmul(shift, x, scale, out=out).relu_()
+    else:
+        out.copy_(torch.addcmul(shift, x.to(scale.dtype), scale).relu_())
+
+
+def moments(x: Tensor, out: Tensor) -> None:  # [R, C], [2, C]
+    """out = mean over rows, and sum of squared distances from it: taken from the mean, so that nothing cancels."""
+    acc = x.to(out.dtype)
+    torch.mean(acc, 0, out=out[0])
+    torch.sum((acc - out[0]).square_(), 0, out=out[1])
+
+
+def deposit(
+    grad: Tensor,  # [R, C] in x's dtype: d loss / d activation; overwritten
+    activation: Tensor,  # [R, C]: what `activate` makes of x
+    x: Tensor,  # [R, C]
+    scale: Tensor,  # [C]
+    mean: Tensor,  # [C]
+    into: Tensor,  # [R, C] acc, any pitch
+    sums: Tensor,  # [2, C]
+    *,
+    add: bool,
+) -> None:
+    """With dz = grad where ReLU let x through: into = dz * scale, or += it; sums += (sum dz, sum dz * (x - mean))."""
+    torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=grad)
+    dz = grad.to(scale.dtype)
+    sums[0] += dz.sum(0)
+    sums[1] += (x - mean).mul_(dz).sum(0)
+    if add:
+        into.addcmul_(dz, scale)
+    else:
+        torch.mul(dz, scale, out=into)
+
+
+def correct(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, out: Tensor) -> None:
+    """out = grad - p - (x - mean) * q, all [R, C] or [C]: what every batch norm of x takes from its gradient."""
+    out.copy_((grad - p).addcmul_(x - mean, q, value=-1))

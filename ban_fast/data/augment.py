@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, suggest
+from .dataset import Shape
 
 Fill = Literal["reflect", "zero"]
 
@@ -45,26 +46,27 @@ class Augmentation:
 
     def apply(self, images: Tensor, views: Tensor) -> Tensor:
         """View `views[i]` of image i: uint8 [B, H, W, C], int64 [B] -> uint8 [B, H, W, C]."""
+        _, height, width, channels = images.shape
         rows = torch.arange(len(images), device=images.device)
-        return Cropper(self, images)(rows, views)
+        return Cropper(self, (height, width, channels), images.device)(images, rows, views)
 
 
 class Cropper:
     """Cuts views out of images that stay where they are: no padded copy, one gather of the pixels that are needed."""
 
-    def __init__(self, augmentation: Augmentation, images: Tensor) -> None:  # [N, H, W, C]
-        _, height, width, channels = images.shape
+    def __init__(self, augmentation: Augmentation, shape: Shape, device: torch.device) -> None:
+        """For images of `shape` that lie on `device`."""
+        height, width, _ = shape
         p = augmentation.padding
         if augmentation.fill == "reflect" and p >= min(height, width):
             raise UserError(
                 f"images of {height} x {width} pixels cannot be padded by reflecting {p} of them; "
                 "use padding 'zero' or no cropping"
             )
-        self._pixels = images.reshape(-1, channels)
-        self._shape = (height, width, channels)
+        self._shape = shape
         self._row_step = height * width
-        ys = _offsets(height, p, images.device)  # [2p+1, H]
-        xs = _offsets(width, p, images.device)  # [2p+1, W]
+        ys = _offsets(height, p, device)  # [2p+1, H]
+        xs = _offsets(width, p, device)  # [2p+1, W]
         if augmentation.flip:
             xs = torch.stack([xs, xs.flip(1)], 1).reshape(-1, width)  # [2(2p+1), W]: dx, then flipped
         self._columns = len(xs)
@@ -74,12 +76,13 @@ class Cropper:
         self._ys = _reflect(ys, height) * width
         self._xs = _reflect(xs, width)
 
-    def __call__(self, rows: Tensor, views: Tensor) -> Tensor:
-        """View `views[i]` of image `rows[i]`: int64 [B], int64 [B] -> uint8 [B, H, W, C]."""
+    def __call__(self, images: Tensor, rows: Tensor, views: Tensor) -> Tensor:
+        """View `views[i]` of `images[rows[i]]`: uint8 [N, H, W, C], int64 [B], int64 [B] -> uint8 [B, H, W, C]."""
         dy, dx = views // self._columns, views % self._columns
         y = self._ys[dy] + (rows * self._row_step)[:, None]  # [B, H]
         index = y[:, :, None] + self._xs[dx][:, None, :]  # [B, H, W]
-        cut = self._pixels.index_select(0, index.view(-1)).view(-1, *self._shape)
+        pixels = images.reshape(-1, self._shape[-1])
+        cut = pixels.index_select(0, index.view(-1)).view(-1, *self._shape)
         if self._inside is not None:
             inside_y, inside_x = self._inside
             cut *= inside_y[dy][:, :, None, None] * inside_x[dx][:, None, :, None]

@@ -1,8 +1,10 @@
 """Folders of images, laid out as train/CLASS/* and test/CLASS/*."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..errors import OptionError, UserError
 from .dataset import Part, Source
@@ -55,8 +58,8 @@ def read(directory: Path, image_size: int) -> Source:
         padding=min(_PADDING, image_size - 1),
         crop=True,
         flip=True,
-        train=_part(train, classes, image_size),
-        test=_part(test, classes, image_size),
+        train=_part(directory / "train", train, classes, image_size),
+        test=_part(directory / "test", test, classes, image_size),
     )
 
 
@@ -83,10 +86,34 @@ def _entries(directory: Path) -> list[Path]:
         raise UserError(f"cannot read {directory}: {error.strerror}") from None
 
 
-def _part(files: dict[str, list[Path]], classes: tuple[str, ...], image_size: int) -> Part:
+def _part(directory: Path, files: dict[str, list[Path]], classes: tuple[str, ...], image_size: int) -> Part:
     paths = [path for name in classes for path in files.get(name, ())]
-    labels = [label for label, name in enumerate(classes) for _ in files.get(name, ())]
-    return Part(torch.tensor(labels), lambda positions: _decode_all([paths[i] for i in positions.tolist()], image_size))
+    labels = torch.tensor([label for label, name in enumerate(classes) for _ in files.get(name, ())])
+    return Part(
+        labels,
+        (image_size, image_size, 3),
+        _Images(paths, image_size),
+        lambda: _fingerprint(directory, paths, classes, image_size),
+    )
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Positions among `paths` to images, uint8 [M, size, size, 3]."""
+
+    paths: Sequence[Path]
+    size: int
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        return _decode_all([self.paths[i] for i in positions.tolist()], self.size)
+
+
+def _fingerprint(directory: Path, paths: Sequence[Path], classes: tuple[str, ...], image_size: int) -> str:
+    """Of the files' names and sizes, without a look into them: there may be millions."""
+    digest = hashlib.sha256(f"{image_size} {classes}\n".encode())
+    for path in paths:
+        digest.update(f"{path.relative_to(directory)} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
 
 
 def _decode_all(paths: Sequence[Path], size: int) -> Tensor:
@@ -102,13 +129,19 @@ def _decode_all(paths: Sequence[Path], size: int) -> Tensor:
     def place(index: int) -> None:
         images[index] = _decode(paths[index], size)
 
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    # A DataLoader's workers are as many as the cores already.
+    pool = ThreadPoolExecutor(cores() if get_worker_info() is None else 1)
     try:
         for _ in pool.map(place, range(len(paths))):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
     return torch.from_numpy(images)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _decode(path: Path, size: int) -> NDArray[np.uint8]:  # -> [size, size, 3]

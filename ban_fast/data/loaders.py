@@ -1,11 +1,12 @@
 """Loaders: what the training loop takes batches from.
 
-All of them serve an epoch with `epoch(number, start)`; on `MemoryLoader` and `TensorLoader` its order and its views are
-functions of (seed, epoch, sample id), so any epoch can be had again from any batch on.
+All of them serve an epoch with `epoch(number, start)`. On every `KeyedLoader` its order and its views are functions of
+(seed, epoch, sample id), so any epoch can be had again from any batch on, and each of them serves the same bits.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import Generic, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import keyed
 from .augment import Augmentation, Cropper, Normalizer
-from .dataset import Split
+from .dataset import AnySplit, Split
 
 
 class Batch(NamedTuple):
@@ -57,8 +58,8 @@ class Loader(Protocol):
         ...
 
 
-class InMemory:
-    """Order, labels and ids of samples that all lie on one device; a subclass makes the images of a batch."""
+class KeyedLoader:
+    """Order, labels, ids and views of an epoch's batches, all keyed; a subclass makes their images."""
 
     exact_resume = True
 
@@ -112,28 +113,33 @@ class InMemory:
         else:
             order = torch.arange(len(self._labels), device=self._device)
         labels, ids, views = self._labels[order], self._sample_ids[order], self._views(epoch)[order]
-        for step in steps:
-            part = slice(step * self._batch_size, (step + 1) * self._batch_size)
-            yield Batch(self._images(order[part], views[part]), labels[part], ids[part], views[part])
+        parts = [slice(step * self._batch_size, (step + 1) * self._batch_size) for step in steps]
+        # Closed at once where an epoch is left early: what reads ahead has threads or processes to end.
+        with closing(self._images(order, views, parts)) as batches:
+            for part, images in zip(parts, batches, strict=True):
+                yield Batch(images, labels[part], ids[part], views[part])
 
     def _views(self, epoch: int) -> Tensor:  # -> [N]
         return torch.zeros_like(self._sample_ids)
 
-    def _images(self, rows: Tensor, views: Tensor) -> Tensor:  # [B], [B] -> [B, ...]
+    def _images(
+        self, order: Tensor, views: Tensor, parts: list[slice]
+    ) -> Generator[Tensor, None, None]:  # [N], [N] -> [B, ...] each
+        """The images of the batches `order[part]` in the views `views[part]`, for every part."""
         raise NotImplementedError
 
 
-class MemoryLoader(InMemory):
-    """Batches of a `Split` whose uint8 images lie on `device`, cut, normalised and cast there.
+class ImageLoader(KeyedLoader, Generic[AnySplit]):
+    """What the loaders of a split of images share: its augmentation and its normalisation.
 
     Equivalent to padding, cropping and flipping each image by itself, in the order that (seed, epoch) gives; neither
-    batch size nor device changes a bit of what a sample looks like in an epoch. For evaluation: `shuffle=False,
-    drop_last=False` and no augmentation.
+    batch size nor device nor where the images are kept changes a bit of what a sample looks like in an epoch. For
+    evaluation: `shuffle=False, drop_last=False` and no augmentation.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: AnySplit,
         *,
         batch_size: int,
         mean: tuple[float, ...],
@@ -156,14 +162,18 @@ class MemoryLoader(InMemory):
             shuffle=shuffle,
             drop_last=drop_last,
         )
-        _, height, width, channels = split.images.shape
+        height, width, channels = split.shape
         if not len(mean) == len(std) == channels:
             raise ValueError(f"mean and std must have {channels} values each, got {len(mean)} and {len(std)}")
         self.augmentation = augmentation
         self.sample_shape = (channels, height, width)
-        self._stored = split.images.to(device)
-        self._crop = Cropper(augmentation, self._stored) if augmentation is not None else None
+        self._crop = Cropper(augmentation, split.shape, device) if augmentation is not None else None
         self._normalise = Normalizer(mean, std, width, device=device, dtype=dtype, channels_last=channels_last)
+        self._open(split)
+
+    def _open(self, split: AnySplit) -> None:
+        """Called once, with everything else in place: keep what the images will come from."""
+        raise NotImplementedError
 
     def _views(self, epoch: int) -> Tensor:
         if self.augmentation is None:
@@ -171,6 +181,17 @@ class MemoryLoader(InMemory):
         hashed = keyed.bits(self._seed, epoch, self._sample_ids, keyed.VIEW)
         return keyed.below(hashed, self.augmentation.views)
 
-    def _images(self, rows: Tensor, views: Tensor) -> Tensor:
-        cut = self._stored.index_select(0, rows) if self._crop is None else self._crop(rows, views)
-        return self._normalise(cut)
+
+class MemoryLoader(ImageLoader[Split]):
+    """Batches of a `Split` whose uint8 images lie on `device`, cut, normalised and cast there."""
+
+    def _open(self, split: Split) -> None:
+        self._stored = split.images.to(self._device)
+
+    def _images(self, order: Tensor, views: Tensor, parts: list[slice]) -> Generator[Tensor, None, None]:
+        for part in parts:
+            if self._crop is None:
+                cut = self._stored.index_select(0, order[part])
+            else:
+                cut = self._crop(self._stored, order[part], views[part])
+            yield self._normalise(cut)

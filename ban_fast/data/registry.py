@@ -1,14 +1,17 @@
 """Datasets by name: `load` reads one and divides it, the same way for every run; `prepare` downloads one."""
 
 import os
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import OptionError, UserError, suggest
-from . import cifar, digits, download, folder, splits
-from .dataset import Dataset, Part, Source, Split
+from . import beton, cifar, digits, download, folder, splits
+from .beton import Beton
+from .dataset import AnySplit, Dataset, Part, Source, Split, StoredSplit
 
 _FOLDER_IMAGE_SIZE = 32
 _COUNTED_AT_ONCE = 1024
@@ -45,17 +48,62 @@ def load(
     Raises:
         UserError: for whatever a user can mend: unknown name, dataset not there, damaged file, impossible value.
     """
-    name = str(name)
+    source, _ = _source(str(name), _root(directory), image_size)
+    return _divided(str(name), source, _split, val_fraction, limit_train, limit_test)
+
+
+def load_stored(
+    name: str | Path,
+    *,
+    ffcv: bool = False,
+    directory: str | Path | None = None,
+    image_size: int | None = None,
+    val_fraction: float = 0.0,
+    limit_train: int | None = None,
+    limit_test: int | None = None,
+) -> Dataset[StoredSplit]:
+    """The same dataset, divided the same way, its images left where they are until a loader asks for them.
+
+    With `ffcv`, they are those of the `.beton` files that `prepare` writes; the dataset's own files must be there too,
+    for the labels, and to tell that the `.beton` is of them. Where no constants are published (folders), every image
+    that is trained on is read once to measure them.
+
+    Raises:
+        UserError: as `load`; FFCV isn't installed; a `.beton` that isn't there, is cut short, or of other images.
+    """
+    if ffcv and (reason := beton.missing()) is not None:
+        raise OptionError("data.loader", f"FFCV is {reason}")
+    source, stem = _source(str(name), _root(directory), image_size)
+    command = _command(str(name), directory, image_size)
+    files: dict[str, Beton | None] = {"train": None, "test": None}
+    if ffcv:
+        files = {part: Beton(*_beton(source, stem, part), command) for part in files}
+
+    def split(part: Part, positions: Tensor) -> StoredSplit:
+        file = files["train" if part is source.train else "test"]
+        read = part.read if file is None else file.read
+        return StoredSplit(read, part.shape, part.labels[positions], positions, file)
+
+    return _divided(str(name), source, split, val_fraction, limit_train, limit_test)
+
+
+def _divided(
+    name: str,
+    source: Source,
+    split: Callable[[Part, Tensor], AnySplit],
+    val_fraction: float,
+    limit_train: int | None,
+    limit_test: int | None,
+) -> Dataset[AnySplit]:
     for option, limit in (("data.limit_train", limit_train), ("data.limit_test", limit_test)):
         if limit is not None and limit < 1:
             raise OptionError(option, f"must be at least 1, got {limit}")
-    source = _source(name, _root(directory), image_size)
     train, validation = _hold_out(source.train.labels, val_fraction)
-    train_split = _split(source.train, _limited(train, source.train.labels, limit_train))
+    train_split = split(source.train, _limited(train, source.train.labels, limit_train))
     test = _limited(torch.arange(len(source.test.labels)), source.test.labels, limit_test)
     mean, std = source.mean, source.std
     if mean is None or std is None:
-        mean, std = _moments(train_split.images)
+        mean, std = _moments(train_split.chunks(_COUNTED_AT_ONCE))
     return Dataset(
         name=name,
         classes=source.classes,
@@ -65,8 +113,8 @@ def load(
         crop=source.crop,
         flip=source.flip,
         train=train_split,
-        validation=None if validation is None else _split(source.train, validation),
-        test=_split(source.test, test),
+        validation=None if validation is None else split(source.train, validation),
+        test=split(source.test, test),
     )
 
 
@@ -86,23 +134,79 @@ def prepare(name: str, directory: str | Path | None = None, *, progress: downloa
     if name == "digits":
         return digits.FILE
     if _folder(name, _root(directory)) is not None:
-        raise UserError(f"{name} is a folder of images, which needs no preparation; only {', '.join(cifar.CIFAR)} do")
+        raise UserError(
+            f"{name} is a folder of images, which needs no preparation but FFCV's (--format ffcv); "
+            f"only {', '.join(cifar.CIFAR)} do"
+        )
     raise UserError(f"unknown dataset {name!r}{suggest(name, names())}")
+
+
+def prepare_ffcv(
+    name: str,
+    directory: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    progress: download.Progress | None = None,
+) -> list[Path]:
+    """Prepare a dataset, then write FFCV's files of it: `NAME-train-SIZE.beton` and `NAME-test-SIZE.beton`.
+
+    They lie in the dataset's own directory, the digits' in `directory`, and hold raw pixels: 3 KB a CIFAR image, 150 KB
+    one of 224 x 224. Files that are whole and of these images are kept.
+
+    Args:
+        name: as for `load`, a folder of images too.
+        directory: as for `load`.
+        image_size: as for `load`; each size has its own files.
+        progress: called with the bytes that have come or been written, and the bytes that will (None: not known).
+
+    Raises:
+        UserError: as `load` and `prepare`; nothing half-written stays behind.
+    """
+    root = _root(directory)
+    if name in cifar.CIFAR:
+        prepare(name, directory, progress=progress)
+    source, stem = _source(name, root, image_size)
+    return [_written(source, stem, part, progress) for part in ("train", "test")]
+
+
+def _written(source: Source, stem: Path, part: str, progress: download.Progress | None) -> Path:
+    path, images, what = _beton(source, stem, part)
+    try:
+        Beton(path, images, what, "")
+    except UserError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beton.write(path, images, what, progress)
+    return path
+
+
+def _beton(source: Source, stem: Path, part: str) -> tuple[Path, Part, str]:
+    """The file of FFCV's for a part, that part, and what the file says it is of."""
+    images = source.train if part == "train" else source.test
+    height, width, _ = images.shape
+    return stem.with_name(f"{stem.name}-{part}-{height}.beton"), images, f"{stem.name} {part} {height} x {width}"
+
+
+def _command(name: str, directory: str | Path | None, image_size: int | None) -> str:
+    """What writes FFCV's files."""
+    options = {"--data-dir": directory, "--image-size": image_size}
+    given = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
+    return shlex.join(["ban-fast", "prepare", name, "--format", "ffcv", *given])
 
 
 def _root(directory: str | Path | None) -> Path:
     return Path(directory or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
 
 
-def _source(name: str, root: Path, image_size: int | None) -> Source:
+def _source(name: str, root: Path, image_size: int | None) -> tuple[Source, Path]:
+    """The dataset, and what the paths of the files made from it begin with."""
     if name in names():
-        source = digits.read() if name == "digits" else _cifar(name, root)
+        source, stem = (digits.read(), root / name) if name == "digits" else _cifar(name, root)
         own = 8 if name == "digits" else 32
         if image_size not in (None, own):
             raise OptionError(
                 "data.image_size", f"{name} has images of {own} pixels, got {image_size}; it resizes folders"
             )
-        return source
+        return source, stem
     path = _folder(name, root)
     if path is None:
         if os.sep in name or name.startswith(("~", ".")):
@@ -116,10 +220,11 @@ def _source(name: str, root: Path, image_size: int | None) -> Source:
                 raise UserError(
                     f"{path} holds {published.name}; give the name {published.name!r} and this as --data-dir"
                 )
-    return folder.read(path, _FOLDER_IMAGE_SIZE if image_size is None else image_size)
+    source = folder.read(path, _FOLDER_IMAGE_SIZE if image_size is None else image_size)
+    return source, path / path.resolve().name
 
 
-def _cifar(name: str, root: Path) -> Source:
+def _cifar(name: str, root: Path) -> tuple[Source, Path]:
     published = cifar.CIFAR[name]
     directory = cifar.locate(published, root)
     if directory is None:
@@ -127,7 +232,7 @@ def _cifar(name: str, root: Path) -> Source:
             f"no {published.directory} in it" if root.is_dir() else "not a directory" if root.exists() else "not there"
         )
         raise UserError(f"{name} is not in {root} ({what}); get it with `ban-fast prepare {name} --data-dir {root}`")
-    return cifar.read(published, directory)
+    return cifar.read(published, directory), directory / name
 
 
 def _folder(name: str, root: Path) -> Path | None:
@@ -164,15 +269,16 @@ def _split(part: Part, positions: Tensor) -> Split:
     return Split(part.read(positions), part.labels[positions], positions)
 
 
-def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 [N, H, W, C], from exact counts of the 256 values."""
+def _moments(chunks: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 [N, H, W, C], in parts, from exact counts of 256 values."""
     values = torch.arange(256, dtype=torch.float64)
+    counts: list[Tensor] = []  # [256] a channel
+    for images in chunks:
+        counted = [torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(-1)]
+        counts = [a + b for a, b in zip(counts, counted, strict=True)] if counts else counted
     means, stds = [], []
-    for channel in images.unbind(-1):
-        counts = torch.zeros(256, dtype=torch.int64)
-        for start in range(0, len(channel), _COUNTED_AT_ONCE):
-            counts += torch.bincount(channel[start : start + _COUNTED_AT_ONCE].reshape(-1), minlength=256)
-        share = counts.double() / channel.numel()
+    for count in counts:
+        share = count.double() / count.sum()
         mean = float(share @ values)
         variance = float(share @ (values - mean) ** 2)
         means.append(mean)

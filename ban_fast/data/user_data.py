@@ -1,7 +1,7 @@
 """Loaders of what users bring: two tensors, or a DataLoader of their own."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import Any
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..errors import UserError
-from .loaders import Batch, InMemory
+from .loaders import Batch, KeyedLoader
 
 
-class TensorLoader(InMemory):
+class TensorLoader(KeyedLoader):
     """Batches of a user's own tensors, which lie on `device` and are served in the order that (seed, epoch) gives.
 
     `x` [N, ...] has the shape that the network takes. Floating-point values are served as they are, cast to `dtype`;
@@ -54,8 +54,9 @@ class TensorLoader(InMemory):
         self._dtype = dtype
         self._channels_last = channels_last
 
-    def _images(self, rows: Tensor, views: Tensor) -> Tensor:
-        return _served(self._stored.index_select(0, rows), self._dtype, self._channels_last)
+    def _images(self, order: Tensor, views: Tensor, parts: list[slice]) -> Generator[Tensor, None, None]:
+        for part in parts:
+            yield _served(self._stored.index_select(0, order[part]), self._dtype, self._channels_last)
 
 
 class WrappedDataLoader:

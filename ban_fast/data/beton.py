@@ -1,0 +1,199 @@
+"""Files of FFCV's: the images of one part of a dataset, raw, with their labels; written and checked without FFCV.
+
+The layout is version 2 of FFCV's own (`ffcv/types.py`): a header, one descriptor a field, a row a sample, pages of
+pixels, and a table of where each sample's pixels lie. Any FFCV reads it. What the file is of, and how long it must be,
+is noted in the part of the label's descriptor that FFCV leaves empty. FFCV's writer is not used: it waits for ever
+where one of its processes fails, on a full disk for example.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .dataset import Part, Shape
+
+if TYPE_CHECKING:
+    from .ffcv_reader import Reader
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+ARRAY = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
+"""What an array's descriptor begins with; the name of its type follows."""
+SAMPLE = np.dtype([("f0", "<u8"), ("f1", "<i8")], align=True)
+"""Where the image's pixels begin in the file, and its label."""
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+_VERSION, _ARRAY_FIELD, _INT_FIELD = 2, 4, 1
+_SMALLEST_PAGE = 1 << 23
+"""FFCV's own default, 8 MiB; larger where an image is."""
+_NOTE = "ban_fast"
+
+
+class Beton:
+    """A file of one part of a dataset, looked at closely enough to be read without surprises."""
+
+    def __init__(self, path: Path, part: Part, what: str, command: str) -> None:
+        """`what` the file should hold ("cifar100 train"); `command` writes it.
+
+        Raises:
+            UserError: not there, cut short, of other images, or no file of ours; the line names `command`.
+        """
+        self.path = path
+        self._readers: dict[int, Reader] = {}
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(HEADER.itemsize + 2 * FIELD.itemsize)
+        except FileNotFoundError:
+            raise UserError(f"there is no {path} for FFCV to read; write it with `{command}`") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        note = _note(head)
+        if note is None:
+            problem = (
+                "is cut short" if len(head) < HEADER.itemsize + 2 * FIELD.itemsize else "is not a file of ban-fast's"
+            )
+            raise UserError(f"{path} {problem}; write it again with `{command}`")
+        if size < note["bytes"]:
+            raise UserError(
+                f"{path} is cut short, {size:,} of {note['bytes']:,} bytes; write it again with `{command}`"
+            )
+        if note["what"] != what:
+            raise UserError(f"{path} holds {note['what']}, not {what}; write it with `{command}`")
+        if size != note["bytes"] or note["fingerprint"] != part.fingerprint():
+            raise UserError(
+                f"{path} was written from other images than {what} has now; write it again with `{command}`"
+            )
+        self._shape: Shape = part.shape
+        self._pointers = np.fromfile(path, SAMPLE, len(part.labels), offset=len(head))["f0"]
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Sample ids, int64 [M], in any order, to images, uint8 [M, H, W, C]; without FFCV."""
+        size = int(np.prod(self._shape))
+        content = np.memmap(self.path, np.uint8, "r")
+        images = np.empty((len(ids), size), np.uint8)
+        for image, begin in zip(images, self._pointers[ids.numpy()].tolist(), strict=True):
+            image[:] = content[begin : begin + size]
+        return torch.from_numpy(images).view(-1, *self._shape)
+
+    def reader(self, batch_size: int) -> "Reader":
+        """FFCV's reader of batches of that size, compiled once: it takes seconds."""
+        if batch_size not in self._readers:
+            self._readers[batch_size] = _open(self.path, batch_size)
+        return self._readers[batch_size]
+
+
+def write(path: Path, part: Part, what: str, progress: Callable[[int, int | None], None] | None = None) -> None:
+    """Write the images of a part, whole or not at all; `progress` is called with bytes written and to be written.
+
+    Raises:
+        UserError: no space, no permission; images that cannot be read. Nothing half-written stays behind.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ban-fast-", dir=path.parent) as scratch:
+            unfinished = Path(scratch) / path.name
+            with unfinished.open("wb") as file:
+                _write(file, part, what, progress)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room there, or allow it") from None
+
+
+def missing() -> str | None:
+    """What FFCV lacks here to be used, and where to get it; None: nothing."""
+    if importlib.util.find_spec("ffcv") is None:
+        return "not installed; `apt-get install libopencv-dev libturbojpeg0-dev pkg-config`, then `pip install ffcv`"
+    if importlib.util.find_spec("distutils") is None:
+        return "without the module distutils, which Python 3.12 dropped; `pip install setuptools` brings it"
+    return None
+
+
+def _open(path: Path, batch_size: int) -> "Reader":
+    threads = torch.get_num_threads()
+    try:
+        from .ffcv_reader import Reader
+
+        return Reader(path, batch_size)
+    except ImportError as error:  # a shared library that is gone, say
+        raise UserError(f"FFCV cannot be imported: {error}; install it again, or use another loader") from error
+    finally:
+        torch.set_num_threads(threads)  # FFCV sets it to its own number of workers
+
+
+def _note(head: bytes) -> dict[str, Any] | None:
+    """What a file of ours says of itself at its beginning; None where it is none."""
+    if len(head) < HEADER.itemsize + 2 * FIELD.itemsize:
+        return None
+    label = np.frombuffer(head, FIELD, 2, offset=HEADER.itemsize)[1]
+    with contextlib.suppress(ValueError):  # neither text nor JSON
+        note = json.loads(label["arguments"].tobytes().rstrip(b"\0"))
+        if isinstance(note, dict) and note.get(_NOTE) == 1:
+            return note
+    return None
+
+
+def _write(file: Any, part: Part, what: str, progress: Callable[[int, int | None], None] | None) -> None:
+    count, size = len(part.labels), int(np.prod(part.shape))
+    page = max(_SMALLEST_PAGE, 1 << (size - 1).bit_length())
+    each = page // size  # images a page
+    begin = HEADER.itemsize + 2 * FIELD.itemsize + count * SAMPLE.itemsize
+    begin += -begin % page
+    end = begin + -(-count // each) * page
+    total = end + count * ALLOCATION.itemsize
+
+    index = np.arange(count)
+    samples = np.zeros(count, SAMPLE)
+    samples["f0"] = begin + index // each * page + index % each * size
+    samples["f1"] = part.labels.numpy()
+    note = {_NOTE: 1, "what": what, "bytes": total, "fingerprint": part.fingerprint()}
+    file.write(np.array([(_VERSION, 2, page, count, end)], HEADER).tobytes())
+    file.write(_descriptor(_ARRAY_FIELD, "image", _array(part.shape)))
+    file.write(_descriptor(_INT_FIELD, "label", json.dumps(note).encode()))
+    file.write(samples.tobytes())
+    file.seek(begin)
+    for first in range(0, count, each):
+        pixels = part.read(torch.arange(first, min(first + each, count))).numpy()
+        file.write(pixels.tobytes())
+        file.write(bytes(page - pixels.nbytes))
+        if progress is not None:
+            progress(file.tell(), total)
+    table = np.zeros(count, ALLOCATION)
+    table["sample_id"], table["ptr"], table["size"] = index, samples["f0"], size
+    file.write(table.tobytes())
+
+
+def _descriptor(kind: int, name: str, arguments: bytes) -> bytes:
+    field = np.zeros(1, FIELD)[0]
+    field["type_id"] = kind
+    for key, content in (("name", name.encode()), ("arguments", arguments)):
+        field[key][: len(content)] = np.frombuffer(content, np.uint8)
+    return bytes(field.tobytes())
+
+
+def _array(shape: Shape) -> bytes:
+    """The arguments of an array of bytes: its shape, and numpy's name of its type."""
+    kind = json.dumps(np.dtype(np.uint8).descr).encode()
+    head = np.zeros(1, ARRAY)[0]
+    head["shape"][: len(shape)], head["type_length"] = shape, len(kind)
+    return bytes(head.tobytes()) + kind

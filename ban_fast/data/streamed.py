@@ -1,0 +1,122 @@
+"""Loaders of images that are not in memory: a DataLoader whose workers read files, and FFCV. Same batches, bit for bit.
+
+What they stream is the images as stored, in the keyed order and ahead of the training step; crop, flip and
+normalisation follow on the training device, as `MemoryLoader` does them.
+"""
+
+import signal
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from .dataset import Split, StoredSplit
+from .folder import cores
+from .loaders import ImageLoader, MemoryLoader
+
+_MOST_WORKERS = 16
+"""Each takes a process's memory and two batches of shared memory."""
+
+
+def open_loader(split: Split | StoredSplit, **options: Any) -> "MemoryLoader | StreamedLoader":
+    """The loader that a split's images are for; which one it is changes no bit of any batch.
+
+    `options` are those of `ImageLoader`.
+    """
+    if isinstance(split, Split):
+        return MemoryLoader(split, **options)
+    return TorchLoader(split, **options) if split.beton is None else FFCVLoader(split, **options)
+
+
+class StreamedLoader(ImageLoader[StoredSplit]):
+    """Batches of images that come from somewhere as uint8; a subclass brings them."""
+
+    def _open(self, split: StoredSplit) -> None:
+        self._split = split
+        self._rows = torch.arange(min(self._batch_size, len(split)), device=self._device)
+
+    def _images(self, order: Tensor, views: Tensor, parts: list[slice]) -> Generator[Tensor, None, None]:
+        ids = self._split.sample_ids[order.cpu()]
+        with closing(self._stored([ids[part] for part in parts])) as batches:
+            for part, stored in zip(parts, batches, strict=True):
+                images = stored.to(self._device, non_blocking=True)
+                if self._crop is not None:
+                    images = self._crop(images, self._rows[: len(images)], views[part])
+                yield self._normalise(images)
+
+    def _stored(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:  # [B] each -> uint8 [B, H, W, C] each
+        """The images of each batch of sample ids, on the CPU; pinned where the device is a GPU."""
+        raise NotImplementedError
+
+
+class TorchLoader(StreamedLoader):
+    """Reads its images with a DataLoader's worker processes: for datasets larger than memory."""
+
+    workers: int | None = None
+    """Processes; None: as many as there are cores, at most 16. 0 reads in this process."""
+
+    def _stored(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
+        workers = min(cores(), _MOST_WORKERS) if self.workers is None else self.workers
+        loader: DataLoader[Tensor | UserError] = DataLoader(
+            _Reading(self._split.read),
+            sampler=[ids.numpy() for ids in batches],  # a tensor would travel as a file in shared memory
+            batch_size=None,  # what the sampler gives is a batch already
+            num_workers=min(workers, len(batches)),
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # or it draws from torch's own, and the run depends on the loader
+        )
+        try:
+            for images in loader:
+                if isinstance(images, UserError):
+                    raise images
+                yield images
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads images was killed; it takes memory, and shared memory (/dev/shm, in containers "
+                "--shm-size) for two batches: free some, or use a smaller batch_size"
+            ) from error
+
+
+class FFCVLoader(StreamedLoader):
+    """Reads its images from a `.beton` file with FFCV."""
+
+    def _stored(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
+        assert self._split.beton is not None
+        stream = self._split.beton.reader(self._batch_size).stream(torch.cat(batches))
+        with closing(stream):
+            for slot in stream:
+                # FFCV fills the slot anew while the next batch is asked for. On the CPU the crop or the normalisation
+                # has copied it by then; a copy to a GPU may still be under way, and so is made from memory of its own.
+                images = torch.from_numpy(slot)
+                if self._device.type == "cuda":
+                    images = torch.empty_like(images, pin_memory=True).copy_(images)
+                yield images
+
+
+class _Reading(Dataset["Tensor | UserError"]):
+    """What a worker does: sample ids to images. A mistake travels as a value, or it would arrive as a traceback."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, ids: NDArray[np.int64]) -> "Tensor | UserError":  # [B] -> uint8 [B, H, W, C]
+        try:
+            return self._read(torch.from_numpy(ids))
+        except UserError as mistake:
+            return mistake
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole group of processes; the workers are needed until the training loop has saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

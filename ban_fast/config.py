@@ -10,11 +10,15 @@ from typing import Any, ClassVar
 from .errors import OptionError, UserError, suggest
 
 OBJECTIVES = ("label", "ban", "ban+l", "cwtm", "dkpp")
+STUDENT_FOLDERS = {name: name.replace("+", "_") for name in OBJECTIVES}
+"""Where each of several students has its run, below the directory of all."""
 SCHEDULES = ("step", "cosine", "onecycle", "constant")
 AMP_MODES = ("off", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 AUGMENTATIONS = ("auto", "none", "crop", "crop+flip")
 PADDINGS = ("reflect", "zero")
+TEACHERS = ("live", "cache", "auto")
+CACHE_DTYPES = ("fp32", "fp16", "bf16")
 
 
 @dataclass(kw_only=True)
@@ -70,6 +74,20 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class TeacherConfig:
+    """How students get their teacher's outputs."""
+
+    mode: str = "auto"
+    """"live" (a forward pass for each batch), "cache" (one for each view of an image that is shown, kept), or "auto":
+    the cache where it gives the live teacher's very bits and saves enough, and fits."""
+    cache_dtype: str = "fp32"
+    """Of the rows kept: "fp32" (exact), "fp16" or "bf16" (half the size; 2^-11 and 2^-8 of a logit are rounded off)."""
+    cache_directory: str | None = None
+    """Where caches lie, each in a folder of its own, for other runs to read too. None: in the run's own directory,
+    until the students of that teacher are trained."""
+
+
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """SGD and its learning-rate schedule; the defaults are the paper's."""
 
@@ -103,6 +121,11 @@ class Config:
     """Which network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What students learn from."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """How they get it from their teacher."""
+    students: tuple[str, ...] = ()
+    """Objectives of several students trained side by side, each a run of its own beside the others, on one teacher's
+    outputs (`run_together`); `objective.name` is not read then. Empty: one student, of that objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How they are updated."""
     generations: int = 3
@@ -152,6 +175,7 @@ class Config:
             (self.data, "data."),
             (self.model, "model."),
             (self.objective, "objective."),
+            (self.teacher, "teacher."),
             (self.optimizer, "optimizer."),
         ):
             for f in dataclasses.fields(section):
@@ -160,6 +184,8 @@ class Config:
         _choice("data.augmentation", self.data.augmentation, AUGMENTATIONS)
         _choice("data.padding", self.data.padding, PADDINGS)
         _choice("objective.name", self.objective.name, OBJECTIVES)
+        _choice("teacher.mode", self.teacher.mode, TEACHERS)
+        _choice("teacher.cache_dtype", self.teacher.cache_dtype, CACHE_DTYPES)
         _choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
         _choice("device", self.device, DEVICES)
         _choice("amp", self.amp, AMP_MODES)
@@ -199,18 +225,43 @@ class Config:
         stones = self.optimizer.milestones
         if not all(isinstance(m, (int, float)) and 0 < m < 1 for m in stones) or list(stones) != sorted(stones):
             raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")
-        if self.objective.name in ("label", "cwtm") and self.objective.temperature != 1:
-            raise OptionError(
-                "objective.temperature", f"objective {self.objective.name!r} has no temperature; leave it at 1"
-            )
-        if self.objective.name in ("label", "cwtm") and self.objective.kd_weight is not None:
-            raise OptionError("objective.kd_weight", f"objective {self.objective.name!r} has no KD term")
-        if self.objective.name in ("label", "ban", "cwtm") and self.objective.label_weight is not None:
-            raise OptionError(
-                "objective.label_weight", f"objective {self.objective.name!r} has no label term to weigh; use 'ban+l'"
-            )
-        if self.objective.weights() == (0, 0):
-            raise OptionError("objective.kd_weight", "is 0, and so is the labels' weight: nothing is left to learn")
+        if self.teacher.mode == "live" and self.teacher.cache_directory is not None:
+            raise OptionError("teacher.cache_directory", "a live teacher has no cache; leave it out")
+        if self.teacher.mode == "live" and self.teacher.cache_dtype != "fp32":
+            raise OptionError("teacher.cache_dtype", "a live teacher has no cache; leave it out")
+        if not self.students:
+            _check_objective(self.objective)
+            return
+        for name in self.students:
+            if not isinstance(name, str):
+                raise OptionError("students", f"must be names of objectives, got {name!r}")
+            _choice("students", name, OBJECTIVES)
+        if len(set(self.students)) < len(self.students):
+            raise OptionError("students", f"must be different objectives, got {','.join(self.students)}")
+        for name in self.students:
+            _check_objective(self.of_student(name).objective)
+
+    def of_student(self, name: str) -> "Config":
+        """The configuration of one of `students` as a run of its own, with the settings that its objective has."""
+        given = self.objective
+        objective = ObjectiveConfig(name=name)
+        if name not in ("label", "cwtm"):
+            objective.temperature, objective.kd_weight = given.temperature, given.kd_weight
+        if name in ("ban+l", "dkpp"):
+            objective.label_weight = given.label_weight
+        return dataclasses.replace(self, objective=objective, students=())
+
+
+def _check_objective(objective: ObjectiveConfig) -> None:
+    name = objective.name
+    if name in ("label", "cwtm") and objective.temperature != 1:
+        raise OptionError("objective.temperature", f"objective {name!r} has no temperature; leave it at 1")
+    if name in ("label", "cwtm") and objective.kd_weight is not None:
+        raise OptionError("objective.kd_weight", f"objective {name!r} has no KD term")
+    if name in ("label", "ban", "cwtm") and objective.label_weight is not None:
+        raise OptionError("objective.label_weight", f"objective {name!r} has no label term to weigh; use 'ban+l'")
+    if objective.weights() == (0, 0):
+        raise OptionError("objective.kd_weight", "is 0, and so is the labels' weight: nothing is left to learn")
 
 
 def _plain(value: Any) -> Any:

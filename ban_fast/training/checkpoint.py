@@ -21,6 +21,16 @@ TEMPORARY = ".tmp"
 """What the name of a file ends in while it is being written."""
 
 
+def make_directories(path: Path) -> list[Path]:
+    """Make a directory and its parents; those that were not there, outermost first."""
+    missing = [parent for parent in [*reversed(path.parents), path] if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path}: {error.strerror}") from error
+    return missing
+
+
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Replace the file by `data` at once: temporary file, fsync, rename, fsync of the directory.
 

@@ -1,26 +1,30 @@
 """The sequence of teaching selves (Furlanello et al. 2018, eqs. 1-4): a teacher, its students, and their vote."""
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import Config
-from ..errors import UserError
-from .compiled import check_compiler, compiled
+from ..errors import OptionError, UserError
+from .compiled import check_compiler
 from .environment import device_name, differences, environment
-from .evaluator import TEST, Evaluator
-from .loop import Generation, objective_name, total_steps
+from .evaluator import Evaluator
+from .learner import objective_name, total_steps
+from .lineage import Lineage
+from .loop import Loop
 from .objectives import needs_teacher
 from .observer import Interrupted, Observer, Plan
 from .results import Results
-from .run_store import RunStore, empty_results
-from .seeds import generation_seed, isolated
+from .run_store import RunStore
+from .seeds import derived_seed, generation_seed, isolated
 from .task import CUSTOM, ModelFactory, Samples, Task, build, make_task, network_factory, training_device, with_own
-from .teacher import LiveTeacher
+from .teacher import Teacher
+from .teacher_choice import FOLDER, check_cache, choose_teacher
 
 
 def run(
@@ -48,8 +52,10 @@ def run(
     """
     config = with_own(config, model, train, [test, validation])
     config.validate()
+    if config.students:
+        raise OptionError("students", "are trained by run_together; run trains one line")
     observer = observer or Observer()
-    should_stop = should_stop or _never
+    should_stop = should_stop or never
     with ExitStack() as stack:
         store = None if out is None else stack.enter_context(RunStore(out))
         if resume:
@@ -57,150 +63,127 @@ def run(
                 raise UserError("resume=True needs out=, the directory of the run to go on with")
             store.reopen(config)
             if len(store.results["generations"]) > config.generations:
-                return Results(store.results, lambda: _stored_networks(config, store, model))
+                return Results(store.results, lambda: stored_networks(config, store, model))
         elif store is not None:
             store.refuse_existing()
         device = training_device(config.device)
-        stack.enter_context(isolated(device))
-        stack.enter_context(_tuned_convolutions())
+        stack.enter_context(prepared(device))
         task = make_task(config, device, model=model, train=train, test=test, validation=validation)
+        check_cache(config, task, None if store is None else store.path)
         if config.compile:
             check_compiler(device)
         if store is not None:
-            _begin(store, config, task, resume, observer)
-        return _Lineage(config, task, store, observer, should_stop).grow()
+            begin(store, config, task, resume, observer)
+        evaluator = Evaluator(task.evaluation, device, config.seed, should_stop)
+        lineage = Lineage(config, task, store, evaluator, observer)
+        grow([lineage], config, task, None if store is None else store.path, observer, should_stop)
+        return lineage.as_results()
 
 
-class _Lineage:
-    """The generations of one run, in the making."""
+def grow(
+    lineages: Sequence[Lineage],
+    config: Config,
+    task: Task,
+    home: Path | None,
+    observer: Observer,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Bring every lineage to its last generation, those that stand at the same one side by side.
 
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        store: RunStore | None,
-        observer: Observer,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.config, self.task, self.store = config, task, store
-        self.observer, self.should_stop = observer, should_stop
-        self.evaluator = Evaluator(task.evaluation, task.device, config.seed, should_stop)
-        self.results: dict[str, Any] = empty_results() if store is None else store.results
-        self.networks: dict[int, nn.Module] = {}
-        self.trained: set[int] = set()  # ids of the parameters of `networks` that were trained
-        self.test_logits: dict[int, Tensor] = {}
-
-    def grow(self) -> Results:
-        finished = len(self.results["generations"])
-        self.observer.run_started(self.config, self._plan(finished))
-        for number in range(finished, self.config.generations + 1):
-            if self.should_stop():
-                raise Interrupted
-            self._grow_generation(number)
-        return Results(self.results, self._all_networks)
-
-    def _grow_generation(self, number: int) -> None:
-        seed = generation_seed(self.config.seed, number)
-        network = self._fresh_network(seed)
-        teacher = self._teacher(number)
-        files = None if self.store is None else self.store.generation(number)
-        generation = Generation(
-            self.config,
-            self.task,
-            number=number,
-            seed=seed,
-            network=network,
-            teacher=teacher,
-            evaluator=self.evaluator,
-            files=files,
-            observer=self.observer,
-            should_stop=self.should_stop,
-        )
-        if files is not None and (state := files.load_state()) is not None:
-            generation.restore(state)
-        self.observer.generation_started(number, generation.objective_name, generation.total_steps, generation.step)
-        generation.train()
-
-        network.eval().requires_grad_(False)
-        self.networks[number] = network
-        record = generation.record()
-        logits = {
-            split: generation.last_logits[split]
-            if split in generation.last_logits
-            else self.evaluator.logits(network, split)
-            for split in self.evaluator.splits
-        }
-        record |= self.evaluator.record(logits)
-        if TEST in logits:
-            self.test_logits[number] = logits[TEST]
-        if files is not None:
-            record["model_sha256"] = files.save_model(network)
-        self._finish(record)
-
-    def _finish(self, record: dict[str, Any]) -> None:
-        """Once results.json has its record, a generation is never trained again."""
-        number = record["generation"]
-        ensembles = self._ensembles(number)
-        self.results["generations"].append(record)
-        self.results["ensembles"].extend(ensembles)
-        if self.store is not None:
-            self.store.save_results()
-        self.observer.generation_finished(number, record)
-
-    def _ensembles(self, newest: int) -> list[dict[str, Any]]:
-        """The prefix of students that ends with the newest (eq. 4; the teacher, generation 0, is not among them)."""
-        if newest < 2 or TEST not in self.evaluator.splits:
-            return []
-        members = list(range(1, newest + 1))
-        for member in members:
-            if member not in self.test_logits:
-                self.test_logits[member] = self.evaluator.logits(self._network(member), TEST)
-        return self.evaluator.ensembles(members, [self.test_logits[member] for member in members])
-
-    def _fresh_network(self, seed: int) -> nn.Module:
-        network = self.task.network(seed)
-        if any(id(parameter) in self.trained for parameter in network.parameters()):
-            raise UserError(
-                "model= returned parameters that it returned before: it must build a new network each time, or the "
-                "student would overwrite its teacher"
-            )
-        self.trained |= {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
-        return network
-
-    def _teacher(self, number: int) -> LiveTeacher | None:
-        if not needs_teacher(objective_name(self.config, number)):
-            return None
-        network = self._network(number - 1)
-        return LiveTeacher(network, compiled(network) if self.config.compile else None)
-
-    def _network(self, number: int) -> nn.Module:
-        """A finished generation's network, in hand or read from its file."""
-        if number not in self.networks:
-            assert self.store is not None
-            network = self._fresh_network(generation_seed(self.config.seed, number))
-            self.store.load_network(number, network)
-            self.networks[number] = network.eval().requires_grad_(False)
-        return self.networks[number]
-
-    def _all_networks(self) -> list[nn.Module]:
-        with isolated(self.task.device):
-            return [self._network(number) for number in range(self.config.generations + 1)]
-
-    def _plan(self, finished: int) -> Plan:
-        steps_per_epoch = self.task.shape["steps_per_epoch"]
-        steps = total_steps(self.config, steps_per_epoch)
-        return Plan(
-            generations=self.config.generations + 1,
-            finished=finished,
-            steps=steps,
-            steps_per_epoch=steps_per_epoch,
-            epochs=-(-steps // steps_per_epoch),
-            parameters=self.task.shape["parameters"],
-            device=device_name(self.task.device),
-        )
+    They differ in their objectives alone; `config` is of all of them, `home` the directory that they have in common.
+    """
+    finished = min(lineage.finished for lineage in lineages)
+    observer.run_started(config, _plan(config, task, finished))
+    for number in range(finished, config.generations + 1):
+        if should_stop():
+            raise Interrupted
+        if number == 0:
+            leader = max(lineages, key=lambda lineage: lineage.finished)
+            if not leader.finished:
+                _grow_generation(0, [leader], config, task, home, observer, should_stop)
+            for lineage in lineages:
+                if not lineage.finished:
+                    lineage.adopt_teacher(leader)
+        else:
+            here = [lineage for lineage in lineages if lineage.finished == number]
+            _grow_generation(number, here, config, task, home, observer, should_stop)
 
 
-def _begin(store: RunStore, config: Config, task: Task, resume: bool, observer: Observer) -> None:
+def _grow_generation(
+    number: int,
+    lineages: Sequence[Lineage],
+    config: Config,
+    task: Task,
+    home: Path | None,
+    observer: Observer,
+    should_stop: Callable[[], bool],
+) -> None:
+    seed = generation_seed(config.seed, number)
+    with ExitStack() as stack:
+        teachers = _teachers(number, lineages, config, task, home, observer, stack)
+        loader = task.train(derived_seed(seed, "order"))
+        together = bool(config.students)
+        learners = [lineage.learner(number, loader, teachers.get(id(lineage)), together) for lineage in lineages]
+        names = ", ".join(learner.objective_name for learner in learners)
+        first = min(learners, key=lambda learner: learner.step)
+        observer.generation_started(number, names, first.total_steps, first.step)
+        Loop(learners, observer, should_stop).run()
+        for teacher in teachers.values():
+            teacher.dismiss()
+        for lineage, learner in zip(lineages, learners, strict=True):
+            lineage.conclude(learner)
+
+
+def _teachers(
+    number: int,
+    lineages: Sequence[Lineage],
+    config: Config,
+    task: Task,
+    home: Path | None,
+    observer: Observer,
+    stack: ExitStack,
+) -> dict[int, Teacher]:
+    """The teacher of each lineage that needs one, by the lineage's id; one for all that have the same network."""
+    pupils: dict[int, list[Lineage]] = {}
+    for lineage in lineages:
+        if needs_teacher(objective_name(lineage.config, number)):
+            pupils.setdefault(id(lineage.network(number - 1)), []).append(lineage)
+    teachers: dict[int, Teacher] = {}
+    for several in pupils.values():
+        objectives = [lineage.config.objective.name for lineage in several]
+        cache_home = None if home is None else home / FOLDER
+        network = several[0].network(number - 1)
+        teacher, said = choose_teacher(network, config, task, objectives, cache_home, _owner(home, config))
+        stack.callback(teacher.close)
+        if said is not None:
+            observer.teacher_chosen(number, said)
+        teachers |= {id(lineage): teacher for lineage in several}
+    return teachers
+
+
+def _owner(home: Path | None, config: Config) -> bytes:
+    """Tells a run's own rows from those of others in a place that they share."""
+    if home is None or config.teacher.cache_directory is None:
+        return bytes(8)
+    return hashlib.blake2b(str(home.resolve()).encode(), digest_size=8).digest()
+
+
+def _plan(config: Config, task: Task, finished: int) -> Plan:
+    steps_per_epoch = task.shape["steps_per_epoch"]
+    steps = total_steps(config, steps_per_epoch)
+    return Plan(
+        generations=config.generations + 1,
+        finished=finished,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        epochs=-(-steps // steps_per_epoch),
+        parameters=task.shape["parameters"],
+        device=device_name(task.device),
+        students=config.students,
+    )
+
+
+def begin(store: RunStore, config: Config, task: Task, resume: bool, observer: Observer) -> None:
     """Put the run down, or make sure that it is the one to go on with."""
     now = environment(task.device, task.shape)
     if not resume:
@@ -213,7 +196,7 @@ def _begin(store: RunStore, config: Config, task: Task, resume: bool, observer: 
         )
 
 
-def _stored_networks(config: Config, store: RunStore, model: ModelFactory | None) -> list[nn.Module]:
+def stored_networks(config: Config, store: RunStore, model: ModelFactory | None) -> list[nn.Module]:
     """The networks of a finished run, on the CPU; needs none of its data."""
     if model is None and config.model.name == CUSTOM:
         raise UserError("this run's network was the caller's own: pass its factory as model=")
@@ -230,15 +213,17 @@ def _stored_networks(config: Config, store: RunStore, model: ModelFactory | None
 
 
 @contextmanager
-def _tuned_convolutions() -> Iterator[None]:
-    """cuDNN tries its algorithms once for each of a run's few shapes; the caller's setting is put back."""
+def prepared(device: torch.device) -> Iterator[None]:
+    """The caller's generators are left as found, and cuDNN tries its algorithms once for each of a run's few shapes."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        yield
+        with isolated(device):
+            yield
     finally:
         torch.backends.cudnn.benchmark = before
 
 
-def _never() -> bool:
+def never() -> bool:
+    """Nothing asks this run to stop."""
     return False

@@ -1,281 +1,112 @@
-"""One generation: from fresh weights, or a checkpoint, to its last step."""
+"""The training loop: the batches of one generation, drawn once for all who learn from them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..config import Config, ObjectiveConfig
 from ..data import Batch
 from ..errors import UserError
-from .compiled import compiled
-from .evaluator import Evaluator
-from .metrics import Meter
-from .objectives import make_objective
+from .learner import Learner, autocast
 from .observer import Interrupted, Observer
-from .optim import learning_rate, make_optimizer
-from .run_store import GenerationFiles
-from .seeds import derived_seed, random_state, seed_everything, set_random_state
-from .task import Task, trainable_parameters
-from .teacher import LiveTeacher
+from .teacher import Teacher
 
 # On a GPU, asking whether the loss is finite waits for it: once in so many steps. On the CPU, always.
 _STEPS_BETWEEN_CHECKS = 50
-_AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Generation:
-    """One self in training. Whatever an uninterrupted run would still have in hand is in its `state`."""
+class Loop:
+    """Learners of one generation of one run, or of several that draw the same batches, on to their last step.
 
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        *,
-        number: int,
-        seed: int,
-        network: nn.Module,
-        teacher: LiveTeacher | None,
-        evaluator: Evaluator,
-        files: GenerationFiles | None,
-        observer: Observer,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.config, self.device = config, task.device
-        self.number, self.seed = number, seed
-        self.network, self.teacher = network, teacher
-        self.parameters = trainable_parameters(network)
-        self.evaluator, self.files = evaluator, files
-        self.observer, self.should_stop = observer, should_stop
+    Whoever was saved later than the others waits for them: a kill between two checkpoints leaves them apart.
+    """
 
-        self.loader = task.train(derived_seed(seed, "order"))
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = total_steps(config, self.steps_per_epoch)
-        self.objective_name = objective_name(config, number)
-        objective = config.objective if number else ObjectiveConfig(name="label")
-        self.objective = make_objective(objective, derived_seed(seed, "dkpp"))
-        self.optimizer = make_optimizer(config.optimizer, network.parameters())
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        self.forward: Callable[[Tensor], Tensor] = compiled(network) if config.compile else network
-        self.meter = Meter(self.device)
-
-        self.step = 0  # optimizer steps made
-        self.epoch = 0  # epochs closed
-        self.batch = 0  # batches used of the epoch begun
-        self.images = 0  # images trained on
-        self.seconds = 0.0  # spent on that
-        self.step_on_device = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.last_logits: dict[str, Tensor] = {}  # by split, of the final weights, as far as they were asked for
-        self._unsaved = True
+    def __init__(self, learners: Sequence[Learner], observer: Observer, should_stop: Callable[[], bool]) -> None:
+        self._learners = learners
+        self._observer, self._should_stop = observer, should_stop
+        first = learners[0]
+        self._config, self._loader, self._device, self._number = first.config, first.loader, first.device, first.number
         self._saved_at = time.perf_counter()
-        seed_everything(derived_seed(seed, "noise"), self.device)  # dropout's draws
+        self._clock = self._saved_at
 
-    def train(self) -> None:
+    def run(self) -> None:
         """Go on to the last step. Interrupted if `should_stop` says so, with everything saved."""
-        while self.step < self.total_steps or self.batch:
-            self._run_epoch()
-            self._close_epoch()
-        self._check_teacher()
-        self._check_weights()
-        if self._unsaved:
-            self.save()
+        while pending := [learner for learner in self._learners if not learner.is_done]:
+            epoch = min(learner.epoch for learner in pending)
+            active = [learner for learner in pending if learner.epoch == epoch]
+            self._run_epoch(epoch, active)
+            self._close_epoch(active)
+        for learner in self._learners:
+            learner.finish()
 
-    def _run_epoch(self) -> None:
-        self.network.train()
-        batches = self._batches()
-        clock = time.perf_counter()
-        for batch in islice(self.loader.epoch(self.epoch, self.batch), batches - self.batch):
-            self._step(batch)
-            self.observer.step(self.number, self.step)
-            stop = self.should_stop()
+    def _run_epoch(self, epoch: int, learners: list[Learner]) -> None:
+        for learner in learners:
+            learner.network.train()
+        taught_by = [learner.teacher for learner in learners if learner.teacher is not None]
+        teachers = list({id(teacher): teacher for teacher in taught_by}.values())
+        first, last = min(learner.batch for learner in learners), learners[0].batches(epoch)
+        self._clock = time.perf_counter()
+        batches = islice(self._loader.epoch(epoch, first), last - first)
+        for number, batch in enumerate(self._prepared(batches, first, teachers), start=first):
+            self._step(batch, [learner for learner in learners if learner.batch == number], teachers)
+            self._observer.step(self._number, epoch * learners[0].steps_per_epoch + number + 1)
+            stop = self._should_stop()
             if stop or self._is_due():
-                self._check_loss()  # waits for the device, so that the clock is right
-                self.seconds += time.perf_counter() - clock
-                self.save()
+                self._tally(learners)
+                self._save()
                 if stop:
                     raise Interrupted
-                clock = time.perf_counter()
-        if self.batch < batches:
-            raise UserError(f"the DataLoader ended after {self.batch} batches; its length says {self.steps_per_epoch}")
-        self._check_loss()
-        self.seconds += time.perf_counter() - clock
+                self._clock = time.perf_counter()
+        done = min(learner.batch for learner in learners)
+        if done < last:
+            raise UserError(f"the DataLoader ended after {done} batches; its length says {learners[0].steps_per_epoch}")
+        self._tally(learners)
 
-    def _step(self, batch: Batch) -> None:
-        rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(self.device.type, _AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off"):
-            teacher_logits = None if self.teacher is None else self.teacher.logits(batch.images)
-            logits = self._logits(batch.images)
-        terms = self.objective(logits, teacher_logits, batch, self.step_on_device)
-        torch.autograd.backward(self.scaler.scale(terms.loss))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.meter.add(terms, logits, batch.labels)
-        self.step_on_device += 1
-        self.step += 1
-        self.batch += 1
-        self.images += len(batch.labels)
-        self._unsaved = True
-        if self.device.type == "cpu" or self.step % _STEPS_BETWEEN_CHECKS == 0:
-            self._check_loss()
+    def _prepared(self, batches: Iterator[Batch], first: int, teachers: list[Teacher]) -> Iterator[Batch]:
+        """The same batches, each group of them shown to the teachers before.
 
-    def _logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
+        A group ends where it would end in an epoch from its beginning: a resumed run asks the same of a teacher.
+        """
+        for batch in batches:
+            size = max((teacher.ahead(batch) for teacher in teachers), default=1)
+            group = [batch, *islice(batches, size - first % size - 1)]
+            with autocast(self._config, self._device):
+                for teacher in teachers:
+                    teacher.prepare(group)
+            first += len(group)
+            yield from group
+
+    def _step(self, batch: Batch, learners: list[Learner], teachers: list[Teacher]) -> None:
+        with autocast(self._config, self._device):
+            taught = {id(teacher): teacher(batch) for teacher in teachers}
+        for learner in learners:
+            with learner.turn():
+                learner.learn(batch, None if learner.teacher is None else taught[id(learner.teacher)])
+            if self._device.type == "cpu" or learner.step % _STEPS_BETWEEN_CHECKS == 0:
+                learner.check_loss()
+
+    def _close_epoch(self, learners: list[Learner]) -> None:
         try:
-            return self.forward(images)
-        except ValueError as error:
-            if len(images) > 1:
-                raise
-            problem = str(error).partition("\n")[0]  # batch normalisation has no variance of one value
-            raise UserError(
-                f"the network cannot be trained on a batch of one sample ({problem}): choose another batch size, or "
-                "drop_last=True in your own DataLoader"
-            ) from error
-
-    def _close_epoch(self) -> None:
-        if self.epoch == 0:
-            self._check_teacher()  # at the end too; but a fault need not cost a whole generation
-        is_last = self.step == self.total_steps
-        record: dict[str, Any] = {
-            "epoch": self.epoch + 1,
-            "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "train": self.meter.means(),
-        }
-        split = self.evaluator.curve
-        if split is not None and (is_last or (self.epoch + 1) % self.config.evaluate_every == 0):
-            record["evaluation"] = {"split": split, **self._evaluate(split, is_last)}
-        record["seconds"] = self.seconds
-        if self.files is not None:
-            self.files.journal.append(record)
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.meter.reset()
-        self._unsaved = True
-        self.observer.epoch_finished(self.number, record)
-        if self._is_due():
-            self.save()
-
-    def _evaluate(self, split: str, is_last: bool) -> dict[str, float]:
-        try:
-            logits = self.evaluator.logits(self.network, split)
+            for learner in learners:
+                learner.close_epoch()
         except Interrupted:
-            self.save()
+            self._save()
             raise
-        if is_last:
-            self.last_logits[split] = logits
-        return self.evaluator.figures(logits, split)
+        if self._is_due():
+            self._save()
 
-    def _check_teacher(self) -> None:
-        if self.teacher is not None:
-            self.teacher.check()
-
-    def _check_loss(self) -> None:
-        if not self.meter.is_finite():
-            raise self._diverged("the loss")
-
-    def _check_weights(self) -> None:
-        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values() if state]
-        finite = [tensor.isfinite().all() for tensor in [*self.network.parameters(), *momenta]]
-        if not torch.stack(finite).all().item():
-            raise self._diverged("a weight")
-
-    def _diverged(self, what: str) -> UserError:
-        by = "at" if self.device.type == "cpu" else "by"
-        return UserError(
-            f"{what} is not finite in generation {self.number}, epoch {self.epoch + (1 if self.batch else 0)}, "
-            f"{by} step {self.step}: lower --lr (it is {self.config.optimizer.lr}){self._elsewhere()}"
-        )
-
-    def _elsewhere(self) -> str:
-        """A run with another learning rate is another run."""
-        return "" if self.files is None else ", with another --out"
+    def _tally(self, learners: list[Learner]) -> None:
+        """Each gets its share of the time since the clock was last read."""
+        for learner in learners:
+            learner.check_loss()  # waits for the device, so that the clock is right
+        seconds = (time.perf_counter() - self._clock) / len(learners)
+        for learner in learners:
+            learner.seconds += seconds
 
     def _is_due(self) -> bool:
-        return self._can_save() and time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds
+        late = time.perf_counter() - self._saved_at >= self._config.checkpoint_seconds
+        return late and any(learner.can_save for learner in self._learners)
 
-    def _can_save(self) -> bool:
-        """Whether there is a directory, and a way to go on from here: a user's DataLoader only starts over."""
-        return self.files is not None and (self.loader.exact_resume or self.batch in (0, self._batches()))
-
-    def _batches(self) -> int:
-        """Batches of this epoch: all, or, in the last one, what `max_steps` leaves."""
-        return min(self.steps_per_epoch, self.total_steps - self.epoch * self.steps_per_epoch)
-
-    def save(self) -> None:
-        """Write a checkpoint of this very moment, where one can go on from it.
-
-        UserError, with the checkpoint before untouched, if its numbers are not finite.
-        """
-        if self.files is None or not self._can_save():
-            return
-        self._check_weights()
-        self.files.save_state(self.state())
-        self._unsaved = False
+    def _save(self) -> None:
+        for learner in self._learners:
+            learner.save()
         self._saved_at = time.perf_counter()
-
-    def state(self) -> dict[str, Any]:
-        """Everything that the rest of this generation depends on."""
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "images": self.images,
-            "seconds": self.seconds,
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sums": self.meter.sums,
-            "sum_images": self.meter.images,
-            "random": random_state(self.device),
-            "teacher": None if self.teacher is None else self.teacher.state(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to the moment of a `state`."""
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self.images, self.seconds = state["images"], state["seconds"]
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.meter.sums.copy_(state["sums"])
-        self.meter.images = state["sum_images"]
-        self.step_on_device.fill_(self.step)
-        if self.teacher is not None:
-            self.teacher.restore(state["teacher"])
-        set_random_state(state["random"], self.device)
-        self._unsaved = False
-
-    def record(self) -> dict[str, Any]:
-        """What results.json says of the training itself."""
-        record: dict[str, Any] = {
-            "generation": self.number,
-            "objective": self.objective_name,
-            "seed": self.seed,
-            "epochs": self.epoch,
-            "steps": self.step,
-            "parameters": self.parameters,
-            "train_seconds": self.seconds,
-            "images_per_second": self.images / self.seconds if self.seconds else 0.0,
-        }
-        if self.number:
-            record["teacher"] = NO_TEACHER if self.teacher is None else self.teacher.record()
-        return record
-
-
-NO_TEACHER = {"mode": "none", "dtype": None, "forward_images": 0}
-"""What results.json says of the teacher of a student that learned from labels alone."""
-
-
-def objective_name(config: Config, generation: int) -> str:
-    """What a generation is trained on: the first one on labels."""
-    return config.objective.name if generation else "label"
-
-
-def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimizer steps of a generation."""
-    steps = config.epochs * steps_per_epoch
-    return steps if config.max_steps is None else min(steps, config.max_steps)

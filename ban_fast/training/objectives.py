@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..config import ObjectiveConfig
 from ..data import Batch
 from ..losses import cwtm_loss, dkpp_loss, kd_loss
+from .teacher import Taught
 
 
 class Terms(NamedTuple):
@@ -23,8 +24,8 @@ class Terms(NamedTuple):
     """0-d, detached."""
 
 
-Objective = Callable[[Tensor, Tensor | None, Batch, Tensor], Terms]
-"""(student_logits [B, C], teacher_logits [B, C] or None, batch, step: 0-d int64) -> Terms."""
+Objective = Callable[[Tensor, Taught | None, Batch, Tensor], Terms]
+"""(student_logits [B, C], what the teacher says of the batch or None, batch, step: 0-d int64) -> Terms."""
 
 
 def needs_teacher(name: str) -> bool:
@@ -37,16 +38,17 @@ def make_objective(config: ObjectiveConfig, seed: int) -> Objective:
     kd_weight, label_weight = config.weights()
     temperature = config.temperature
 
-    def label(student: Tensor, teacher: Tensor | None, batch: Batch, step: Tensor) -> Terms:
+    def label(student: Tensor, taught: Taught | None, batch: Batch, step: Tensor) -> Terms:
         loss = F.cross_entropy(student if student.dtype == torch.float64 else student.float(), batch.labels)
         return Terms(loss, torch.zeros_like(loss), loss.detach())
 
-    def ban(student: Tensor, teacher: Tensor | None, batch: Batch, step: Tensor) -> Terms:
-        assert teacher is not None
+    def ban(student: Tensor, taught: Taught | None, batch: Batch, step: Tensor) -> Terms:
+        assert taught is not None
         loss, terms = kd_loss(
             student,
-            teacher,
+            _logits(taught),
             batch.labels,
+            teacher_rows=taught.rows,
             temperature=temperature,
             kd_weight=kd_weight,
             label_weight=label_weight,
@@ -54,17 +56,25 @@ def make_objective(config: ObjectiveConfig, seed: int) -> Objective:
         )
         return Terms(loss, terms["kd"], terms["label"])
 
-    def cwtm(student: Tensor, teacher: Tensor | None, batch: Batch, step: Tensor) -> Terms:
-        assert teacher is not None
-        loss, terms = cwtm_loss(student, teacher, batch.labels, return_terms=True)
+    def cwtm(student: Tensor, taught: Taught | None, batch: Batch, step: Tensor) -> Terms:
+        assert taught is not None
+        loss, terms = cwtm_loss(
+            student,
+            taught.logits,
+            batch.labels,
+            confidence=taught.confidence,
+            teacher_rows=taught.rows,
+            return_terms=True,
+        )
         return Terms(loss, terms["kd"], terms["label"])
 
-    def dkpp(student: Tensor, teacher: Tensor | None, batch: Batch, step: Tensor) -> Terms:
-        assert teacher is not None
+    def dkpp(student: Tensor, taught: Taught | None, batch: Batch, step: Tensor) -> Terms:
+        assert taught is not None
         loss, terms = dkpp_loss(
             student,
-            teacher,
+            _logits(taught),
             batch.labels,
+            teacher_rows=taught.rows,
             temperature=temperature,
             seed=seed,
             kd_weight=kd_weight,
@@ -76,3 +86,8 @@ def make_objective(config: ObjectiveConfig, seed: int) -> Objective:
         return Terms(loss, terms["kd"], terms["label"])
 
     return {"label": label, "ban": ban, "ban+l": ban, "cwtm": cwtm, "dkpp": dkpp}[config.name]
+
+
+def _logits(taught: Taught) -> Tensor:
+    assert taught.logits is not None, "a cache of confidences teaches CWTM alone"
+    return taught.logits

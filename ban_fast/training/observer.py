@@ -24,6 +24,8 @@ class Plan:
     """Trainable parameters of the network."""
     device: str
     """Where it runs: "cpu", or the GPU's name."""
+    students: tuple[str, ...] = ()
+    """Objectives of students trained side by side, who make each step together; empty for one."""
 
 
 class Observer:
@@ -34,6 +36,9 @@ class Observer:
 
     def generation_started(self, generation: int, objective: str, total_steps: int, done_steps: int) -> None:
         """A generation begins, or goes on after `done_steps` steps of an earlier session."""
+
+    def teacher_chosen(self, generation: int, text: str) -> None:
+        """Whether the generation's teacher is live or its outputs are kept, and why, in one line."""
 
     def step(self, generation: int, done_steps: int) -> None:
         """One more optimizer step was made. Called in the training loop: keep it short."""

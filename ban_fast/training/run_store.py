@@ -1,14 +1,10 @@
 """The writing side of a run directory. At any instant the files in it are enough to go on from."""
 
 import contextlib
-import errno
-import fcntl
-import functools
 import hashlib
 import itertools
 import json
 import os
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +15,22 @@ from torch import nn
 from ..config import Config
 from ..errors import OptionError, UserError
 from ..evaluation.run_directory import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULTS, RESULTS_FORMAT, STATE, RunDirectory
-from .checkpoint import TEMPORARY, load_model, load_state, save_model, save_state, write_json
+from .checkpoint import (
+    TEMPORARY,
+    load_model,
+    load_state,
+    make_directories,
+    save_model,
+    save_state,
+    write_file,
+    write_json,
+)
+from .locks import DirectoryLock
 from .metrics import Journal
 
 # What may differ between a run and its continuation: nothing that is computed depends on it.
-_FREE = {"data.directory", "checkpoint_seconds"}
-_STATE_FORMAT = 1  # of state.pt; another one is another configuration's checkpoint
+_FREE = {"data.directory", "teacher.cache_directory", "checkpoint_seconds"}
+_STATE_FORMAT = 2  # of state.pt; another one is another configuration's checkpoint
 _GENERATIONS = [RESULTS, *(f"generation-*/{name}" for name in (STATE, METRICS, MODEL))]
 _TEMPORARIES = [name + TEMPORARY for name in (CONFIG, ENVIRONMENT, *_GENERATIONS)]
 
@@ -46,7 +52,7 @@ class RunStore:
         self.path = Path(path)
         self.results = empty_results()
         self.environment: dict[str, Any] | None = None
-        self._descriptor: int | None = None
+        self._lock: DirectoryLock | None = None
         self._identity = ""
 
     def __enter__(self) -> "RunStore":
@@ -55,7 +61,9 @@ class RunStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._unlock()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def refuse_existing(self) -> None:
         """UserError if a new run can't begin here."""
@@ -66,8 +74,8 @@ class RunStore:
 
     def create(self, config: Config, environment: dict[str, Any]) -> None:
         """Make the directory and put down what the run is. config.json comes last: with it, the run exists."""
-        made = _make_directories(self.path)
-        self._lock()
+        made = make_directories(self.path)
+        self._hold()
         self.refuse_existing()
         try:
             self._remove(_TEMPORARIES + _GENERATIONS)  # without a config.json they are no run's
@@ -90,7 +98,7 @@ class RunStore:
         """Take up the run that is here. UserError if there is none, or if `config` is of another."""
         if not self.path.is_dir() or not (self.path / CONFIG).exists():
             raise UserError(f"nothing to resume in {self.path}: there is no {CONFIG}; start without --resume")
-        self._lock()
+        self._hold()
         directory = RunDirectory(self.path)
         stored = stored_config(directory)
         for field, old, new in _differences(stored.to_dict(), config.to_dict()):
@@ -120,7 +128,7 @@ class RunStore:
     def generation(self, number: int) -> "GenerationFiles":
         """The files of one generation; its folder is made."""
         directory = self.path / f"generation-{number}"
-        _make_directories(directory)
+        make_directories(directory)
         return GenerationFiles(directory, f"{self._identity} generation {number}")
 
     def load_network(self, number: int, network: nn.Module) -> None:
@@ -139,35 +147,8 @@ class RunStore:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def _lock(self) -> None:
-        """The kernel's lock on the directory itself: it ends with the process, and leaves no file."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(descriptor)
-                raise UserError(
-                    f"{self.path} is in use by another process: wait for it, or choose another --out"
-                ) from error
-            # a file system without locks, NFS for one: the run goes on unguarded
-        self._descriptor = descriptor
-        # A DataLoader's forked workers would hold the lock on behalf of a run that was killed.
-        os.register_at_fork(after_in_child=functools.partial(_unlock_in_child, weakref.ref(self)))
-
-    def _unlock(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _unlock_in_child(reference: "weakref.ref[RunStore]") -> None:
-    store = reference()
-    if store is not None:
-        store._unlock()
+    def _hold(self) -> None:
+        self._lock = DirectoryLock(self.path, "wait for it, or choose another --out")
 
 
 class GenerationFiles:
@@ -195,19 +176,20 @@ class GenerationFiles:
         self.journal.sync()
         save_state(self.directory / STATE, {"identity": self._identity, "journal_bytes": self.journal.bytes, **state})
 
+    def copy_from(self, other: "GenerationFiles") -> None:
+        """Metrics and checkpoint of a generation that another run has finished."""
+        try:
+            metrics = other.journal.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {other.journal.path}: {error.strerror}") from error
+        write_file(self.journal.path, metrics)
+        self.journal.bytes = len(metrics)
+        if (state := other.load_state()) is not None:
+            self.save_state({key: value for key, value in state.items() if key not in ("identity", "journal_bytes")})
+
     def save_model(self, network: nn.Module) -> str:
         """The final weights; returns the file's SHA-256."""
         return save_model(self.directory / MODEL, network)
-
-
-def _make_directories(path: Path) -> list[Path]:
-    """Make a directory and its parents; those that were not there, outermost first."""
-    missing = [parent for parent in [*reversed(path.parents), path] if not parent.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {path}: {error.strerror}") from error
-    return missing
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -77,3 +77,34 @@ def isolated(device: torch.device, seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         set_random_state(before, device)
+
+
+class Turns:
+    """The generators' states of one of several who draw from them in turn; each draws as if it were alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._state = self._now()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside, the generators go on where the last turn left them; outside, they are as found."""
+        found = self._now()
+        self._put(self._state)
+        try:
+            yield
+        finally:
+            self._state = self._now()
+            self._put(found)
+
+    def _now(self) -> tuple[Any, ...]:
+        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+
+    def _put(self, state: tuple[Any, ...]) -> None:
+        cpu, cuda, python, numpy = state
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self._device)
+        random.setstate(python)
+        np.random.set_state(numpy)

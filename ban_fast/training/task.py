@@ -27,6 +27,20 @@ ModelFactory = Callable[[], nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Views:
+    """The finite family of all that training shows of its samples: what a teacher's outputs can be kept for."""
+
+    samples: int
+    """Sample ids are below this."""
+    each: int
+    """Views of a sample: `Batch.views` is below this."""
+    description: str
+    """How the views are made."""
+    fingerprint: Callable[[], str]
+    """A hash of the samples and of how they are normalised; reads all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Data and network of a run."""
 
@@ -41,6 +55,8 @@ class Task:
     """Counts of images and classes, the shape of a sample, the network's trainable parameters; in environment.json."""
     structure: str
     """A hash of the names and shapes of the network's tensors."""
+    views: Views | None
+    """None where what will be shown is not known: a DataLoader's samples are what it makes of them."""
 
     def network(self, generation_seed: int) -> nn.Module:
         """A fresh network, from draws of its own generation's seed."""
@@ -95,10 +111,12 @@ def make_task(
         dataset = _load(config.data)
         classes, exact = len(dataset.classes), True
         train_loader = _dataset_loader(config, dataset, device)
+        views: Views | None = _dataset_views(config, dataset)
         evaluation = _dataset_evaluation(config, dataset, device)
     else:
         classes, exact = _own_classes([train, test, validation]), False
         train_loader = _own_loader(config, train, device, shuffle=True, classes=None)
+        views = _own_views(train)
         evaluation = {}
     sample = train_loader(0)
     shape = sample.sample_shape
@@ -137,6 +155,7 @@ def make_task(
             "parameters": trainable_parameters(network),
         },
         structure=_structure(network),
+        views=views,
     )
 
 
@@ -186,6 +205,34 @@ def _dataset_loader(config: Config, dataset: Dataset, device: torch.device) -> C
         )
 
     return loader
+
+
+def _dataset_views(config: Config, dataset: Dataset) -> Views:
+    split, augmentation = dataset.train, _augmentation(config.data, dataset)
+    return Views(
+        samples=int(split.sample_ids.max()) + 1,
+        each=1 if augmentation is None else augmentation.views,
+        description="the images themselves" if augmentation is None else str(augmentation),
+        fingerprint=lambda: _hash([split.images, split.sample_ids], f"{dataset.mean} {dataset.std}"),
+    )
+
+
+def _own_views(samples: Samples) -> Views | None:
+    """Of a user's tensors: each sample is shown as it is."""
+    if isinstance(samples, DataLoader):
+        return None
+    x, y = _tensors(samples)
+    return Views(
+        samples=len(y), each=1, description="the samples themselves", fingerprint=lambda: _hash([x], "as they are")
+    )
+
+
+def _hash(tensors: list[Tensor], text: str) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _dataset_evaluation(config: Config, dataset: Dataset, device: torch.device) -> dict[str, Loader]:

@@ -1,61 +1,135 @@
-"""The teacher: the generation before, frozen."""
+"""The teacher: the generation before, frozen. What it says of a batch, and the one that says it live."""
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..data import Batch
 from ..errors import UserError
 
 
-class LiveTeacher:
-    """A finished network that gives its logits for each batch as it comes, and is not changed by it.
+class Taught(NamedTuple):
+    """What a teacher says of one batch, as the losses take it: logits, or for CWTM their largest softmax alone."""
 
-    In eval mode, without gradients, and checked: `check` raises if any parameter or buffer differs from what it was.
-    """
+    logits: Tensor | None
+    """[B, C]; with `rows`, [M, C]."""
+    rows: Tensor | None = None
+    """int64 [B]: sample i is taught by row `rows[i]`. None: by row i."""
+    confidence: Tensor | None = None
+    """fp32 [B]; with `rows`, [M]."""
 
-    mode = "live"
+
+class Teacher(Protocol):
+    """What the training loop needs of a teacher; several students may share one."""
+
+    def ahead(self, batch: Batch) -> int:
+        """How many batches like this one it would like to `prepare` at a time; 1 or more."""
+        ...
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """See batches that are about to be taught, in order."""
+        ...
+
+    def __call__(self, batch: Batch) -> Taught:
+        """What it says of a batch that it was prepared for. Detached."""
+        ...
+
+    def record(self, images: int) -> dict[str, Any]:
+        """What results.json says of the teacher of a student that was trained on so many images."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Its part of a student's checkpoint."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a `state`. UserError if it was another teacher's."""
+        ...
+
+    def check(self) -> None:
+        """RuntimeError if the network is not what it was when this teacher was made."""
+        ...
+
+    def sync(self) -> None:
+        """Put on disk what checkpoints are about to rely on."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files."""
+        ...
+
+    def dismiss(self) -> None:
+        """`close`, its students being trained: what was kept for them alone is removed."""
+        ...
+
+
+class Frozen:
+    """A finished network in eval mode and without gradients, whose every parameter and buffer is watched."""
 
     def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> None:
         """`forward` computes what `network` does, where that is compiled; None: the network itself."""
         self.network = network.eval().requires_grad_(False)
-        self._forward = network if forward is None else forward
         self.fingerprint = fingerprint(network)
-        self.forward_images = 0
-        self.dtype: torch.dtype | None = None
+        self._forward = network if forward is None else forward
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
-        """The teacher's outputs for the very images that the student sees."""
-        logits = self._forward(images)
-        self.forward_images += len(images)
-        self.dtype = logits.dtype
-        return logits.detach()
-
-    def record(self) -> dict[str, Any]:
-        """What results.json says of a student's teacher."""
-        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        return {"mode": self.mode, "dtype": dtype, "forward_images": self.forward_images}
-
-    def state(self) -> dict[str, Any]:
-        """Its part of a checkpoint."""
-        return {"fingerprint": self.fingerprint, "forward_images": self.forward_images, "dtype": self.dtype}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a `state`. UserError if it was another teacher's."""
-        if state["fingerprint"] != self.fingerprint:
-            raise UserError("this checkpoint's student had another teacher: the generation before it was replaced")
-        self.forward_images, self.dtype = state["forward_images"], state["dtype"]
+        """The network's outputs, detached."""
+        return self._forward(images).detach()
 
     def check(self) -> None:
-        """RuntimeError if the network is not what it was when this teacher was made."""
+        """RuntimeError if the network is not what it was when this was made."""
         if fingerprint(self.network) != self.fingerprint:
             raise RuntimeError(
                 "the teacher changed while it taught: a layer updates its parameters or buffers in eval mode, or "
                 "shares them with the student"
             )
+
+
+class LiveTeacher(Frozen):
+    """A teacher that gives its logits for each batch as it comes: the very images that the student sees."""
+
+    def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(network, forward)
+        self._dtype: torch.dtype | None = None
+
+    def ahead(self, batch: Batch) -> int:
+        """One batch at a time."""
+        return 1
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Nothing can be done before the batch is there."""
+
+    def __call__(self, batch: Batch) -> Taught:
+        """One forward pass."""
+        logits = self.logits(batch.images)
+        self._dtype = logits.dtype
+        return Taught(logits)
+
+    def record(self, images: int) -> dict[str, Any]:
+        """A forward pass for every image that the student was trained on."""
+        return {"mode": "live", "dtype": dtype_name(self._dtype), "forward_images": images}
+
+    def state(self) -> dict[str, Any]:
+        """Which teacher it is."""
+        return {"fingerprint": self.fingerprint, "dtype": self._dtype}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a `state`. UserError if it was another teacher's."""
+        check_fingerprint(state, self.fingerprint)
+        self._dtype = state.get("dtype")
+
+    def sync(self) -> None:
+        """There are no files."""
+
+    def close(self) -> None:
+        """There are no files."""
+
+    def dismiss(self) -> None:
+        """There are no files."""
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -65,3 +139,14 @@ def fingerprint(network: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_fingerprint(state: dict[str, Any], expected: str) -> None:
+    """UserError if the state of a checkpoint is of another teacher."""
+    if state["fingerprint"] != expected:
+        raise UserError("this checkpoint's student had another teacher: the generation before it was replaced")
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """ "float32" of torch.float32."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")

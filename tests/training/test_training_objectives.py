@@ -11,6 +11,7 @@ from ban_fast.config import ObjectiveConfig
 from ban_fast.data import Batch
 from ban_fast.losses import dkpp_targets
 from ban_fast.training.objectives import make_objective, needs_teacher
+from ban_fast.training.teacher import Taught
 
 ROWS, CLASSES = 6, 5
 SEED, STEP = 11, 3
@@ -65,7 +66,7 @@ def cwtm_term(z: Tensor, t: Tensor, c: ObjectiveConfig) -> Tensor:
 def test_objective_is_its_formula(settings: dict[str, Any], formula: Any) -> None:
     config = ObjectiveConfig(**settings)
     student, teacher = draw(1).requires_grad_(), draw(2)
-    terms = make_objective(config, SEED)(student, teacher, BATCH, torch.tensor(STEP))
+    terms = make_objective(config, SEED)(student, Taught(teacher), BATCH, torch.tensor(STEP))
     (gradient,) = torch.autograd.grad(terms.loss, student)
     exact = student.detach().double().requires_grad_()
     expected = formula(exact, teacher.double(), config)
@@ -80,7 +81,7 @@ def test_objective_is_its_formula(settings: dict[str, Any], formula: Any) -> Non
 @pytest.mark.parametrize("name", ["ban", "ban+l", "cwtm", "dkpp"])
 def test_no_gradient_reaches_the_teacher(name: str) -> None:
     student, teacher = draw(1).requires_grad_(), draw(2).requires_grad_()
-    terms = make_objective(ObjectiveConfig(name=name), SEED)(student, teacher, BATCH, torch.tensor(0))
+    terms = make_objective(ObjectiveConfig(name=name), SEED)(student, Taught(teacher), BATCH, torch.tensor(0))
     terms.loss.backward()
     assert student.grad is not None
     assert student.grad.norm() > 0
@@ -90,24 +91,25 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 def test_terms_are_reported_before_their_weights() -> None:
     config = ObjectiveConfig(name="ban+l", temperature=2.0, kd_weight=0.3, label_weight=0.2)
     student, teacher = draw(1), draw(2)
-    terms = make_objective(config, SEED)(student, teacher, BATCH, torch.tensor(0))
+    terms = make_objective(config, SEED)(student, Taught(teacher), BATCH, torch.tensor(0))
     assert terms.kd.item() == pytest.approx(kd_term(student.double(), teacher.double(), config).item(), rel=1e-6)
     assert terms.label.item() == pytest.approx(label_term(student.double(), teacher, config).item(), rel=1e-6)
     assert terms.loss.item() == pytest.approx(0.3 * terms.kd.item() + 0.2 * terms.label.item(), rel=1e-6)
-    alone = make_objective(ObjectiveConfig(name="ban"), SEED)(student, teacher, BATCH, torch.tensor(0))
+    alone = make_objective(ObjectiveConfig(name="ban"), SEED)(student, Taught(teacher), BATCH, torch.tensor(0))
     assert alone.label.item() == pytest.approx(terms.label.item(), rel=1e-6), "the label term is seen, not trained on"
 
 
 def test_dkpp_draws_anew_each_step_and_by_sample() -> None:
     objective = make_objective(ObjectiveConfig(name="dkpp"), SEED)
     student, teacher = draw(1), draw(2)
-    first, again, later = (objective(student, teacher, BATCH, torch.tensor(s)).loss.item() for s in (0, 0, 1))
+    first, again, later = (objective(student, Taught(teacher), BATCH, torch.tensor(s)).loss.item() for s in (0, 0, 1))
     assert first == again
     assert first != later
     shifted = BATCH._replace(sample_ids=BATCH.sample_ids + 1)
-    assert objective(student, teacher, shifted, torch.tensor(0)).loss.item() != first
+    assert objective(student, Taught(teacher), shifted, torch.tensor(0)).loss.item() != first
     assert (
-        make_objective(ObjectiveConfig(name="dkpp"), SEED + 1)(student, teacher, BATCH, torch.tensor(0)).loss != first
+        make_objective(ObjectiveConfig(name="dkpp"), SEED + 1)(student, Taught(teacher), BATCH, torch.tensor(0)).loss
+        != first
     )
 
 

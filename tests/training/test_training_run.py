@@ -27,8 +27,8 @@ from small_runs import (
 )
 from torch import Tensor, nn
 
-from ban_fast.config import Config, ObjectiveConfig
-from ban_fast.data import TensorLoader
+from ban_fast.config import Config, ObjectiveConfig, TeacherConfig
+from ban_fast.data import Batch, TensorLoader
 from ban_fast.errors import UserError
 from ban_fast.evaluation import RunDirectory
 from ban_fast.training import Interrupted, evaluate_run, run
@@ -36,7 +36,7 @@ from ban_fast.training.checkpoint import load_model
 from ban_fast.training.objectives import make_objective
 from ban_fast.training.optim import learning_rate
 from ban_fast.training.seeds import derived_seed, generation_seed
-from ban_fast.training.teacher import LiveTeacher, fingerprint
+from ban_fast.training.teacher import LiveTeacher, Taught, fingerprint
 
 
 @pytest.mark.parametrize("objective", ["ban", "ban+l", "cwtm", "dkpp", "label"])
@@ -60,8 +60,8 @@ def test_generations_are_those_of_a_loop_written_by_hand(objective: str) -> None
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings.optimizer, step, STEPS)
                 with torch.no_grad():
-                    teacher_logits = None if teacher is None else teacher.eval()(batch.images)
-                loss = loss_of(student(batch.images), teacher_logits, batch, torch.tensor(step)).loss
+                    taught = None if teacher is None else Taught(teacher.eval()(batch.images))
+                loss = loss_of(student(batch.images), taught, batch, torch.tensor(step)).loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -175,11 +175,13 @@ def test_a_teacher_that_drifts_is_caught_after_the_first_epoch() -> None:
 def test_a_live_teacher_is_frozen() -> None:
     teacher = LiveTeacher(network().train())
     images = samples(5, 0)[0]
-    first, second = teacher.logits(images), teacher.logits(images)
+    batch = Batch(images, torch.zeros(5).long(), torch.arange(5), torch.zeros(5).long())
+    first, second = teacher(batch).logits, teacher(batch).logits
+    assert first is not None
+    assert second is not None
     assert torch.equal(first, second), "dropout is off"
     assert not first.requires_grad
-    assert teacher.forward_images == 10
-    assert teacher.record() == {"mode": "live", "dtype": "float32", "forward_images": 10}
+    assert teacher.record(10) == {"mode": "live", "dtype": "float32", "forward_images": 10}
     teacher.check()
     teacher.network[1].running_mean[0] += 1e-6
     with pytest.raises(RuntimeError, match="changed"):
@@ -232,7 +234,7 @@ def test_a_shared_frozen_layer_is_allowed() -> None:
 
 
 def test_results_json(tmp_path: Path) -> None:
-    settings = config(generations=3)
+    settings = config(generations=3, teacher=TeacherConfig(mode="live"))
     results = run(settings, out=tmp_path, **own())
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored == results.to_dict()

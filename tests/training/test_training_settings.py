@@ -27,7 +27,7 @@ from small_runs import (
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError
 from ban_fast.evaluation import RunDirectory
 from ban_fast.training import Interrupted, evaluate_run, run
@@ -67,7 +67,7 @@ def test_max_steps(max_steps: int, epochs: int, steps: int, lines: int) -> None:
 
 
 def test_fewer_images_than_a_batch_are_one_batch() -> None:
-    results = run(config(batch_size=1000), **own())
+    results = run(config(batch_size=1000, teacher=TeacherConfig(mode="live")), **own())
     assert results.generations[0]["steps"] == EPOCHS
     assert results.generations[1]["teacher"]["forward_images"] == EPOCHS * IMAGES
 
@@ -98,7 +98,7 @@ def test_without_test_images_there_are_no_figures_but_networks(tmp_path: Path) -
 def test_mixed_precision_trains_like_full_precision(amp: str, dtype: str) -> None:
     """The teacher speaks in the reduced type; the weights stay fp32, and the figures near those without."""
     full = run(config(epochs=8), **own())
-    mixed = run(config(epochs=8, amp=amp), **own())
+    mixed = run(config(epochs=8, amp=amp, teacher=TeacherConfig(mode="live")), **own())
     assert mixed.generations[1]["teacher"]["dtype"] == dtype
     assert all(p.dtype == torch.float32 for p in mixed.models[1].parameters())
     for a, b in zip(full.generations, mixed.generations, strict=True):

@@ -1,0 +1,256 @@
+"""Where a teacher's rows are kept: in memory, or in a file that is read in place and survives a kill.
+
+Rows lie in the order in which they were computed, and are never changed. On disk that is an appended log:
+
+    cache.json   what the rows are of; another description is another cache
+    rows.bin     the rows, one after the other, mapped into memory to be read
+    index.bin    a record for each append: checksums, how many rows, how many images the teacher was shown for them,
+                 who computed them, and their keys
+
+Rows are written before the record that speaks of them, both with pwrite: a full disk is an error of that call, where a
+store through the mapping would be a fatal signal. When a cache is opened, the records up to the first that is cut short
+or does not fit its checksums (a torn page, after a power failure) count, and the files are cut back to them. So what is
+there is always the beginning of what was computed, and a resumed run computes the rest as an uninterrupted one would.
+"""
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .checkpoint import TEMPORARY, make_directories, write_json
+from .locks import DirectoryLock
+
+DESCRIPTION, ROWS, INDEX = "cache.json", "rows.bin", "index.bin"
+_HEAD = struct.Struct("<IIII8s")  # CRC-32 of the rest and the keys, of the rows; rows; images forwarded; owner
+_KEY_BYTES = 8
+_FIRST_CAPACITY = 1024
+
+
+class Rows(Protocol):
+    """Rows of one width that are appended to, and read in place."""
+
+    count: int
+    """How many there are."""
+    forwards: int
+    """Images that the teacher was shown for those that this owner computed."""
+
+    @property
+    def table(self) -> Tensor:
+        """[count, width]; good until the next `append`."""
+        ...
+
+    def append(self, keys: Tensor, values: Tensor, forwards: int) -> None:
+        """`values` [n, width] under `keys` int64 [n], for which the teacher was shown `forwards` images."""
+        ...
+
+    def sync(self) -> None:
+        """Wait until the disk has them."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
+
+
+class MemoryRows:
+    """Rows in the memory of one device, which grows by doubling."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.count = 0
+        self.forwards = 0
+        self._table = torch.empty(0, width, dtype=dtype, device=device)
+
+    @property
+    def table(self) -> Tensor:
+        """[count, width]."""
+        return self._table[: self.count]
+
+    def append(self, keys: Tensor, values: Tensor, forwards: int) -> None:  # [n], [n, width]
+        """Keep `values`; their keys are the caller's affair."""
+        end = self.count + len(values)
+        if end > len(self._table):
+            grown = self._table.new_empty(max(end, 2 * len(self._table), _FIRST_CAPACITY), self._table.shape[1])
+            grown[: self.count] = self.table
+            self._table = grown
+        self._table[self.count : end] = values
+        self.count = end
+        self.forwards += forwards
+
+    def sync(self) -> None:
+        """There is no disk."""
+
+    def close(self) -> None:
+        """There are no files."""
+
+
+class FileRows:
+    """Rows in a directory that one process holds at a time."""
+
+    def __init__(
+        self, path: Path, description: dict[str, Any], width: int, dtype: torch.dtype, owner: bytes = bytes(8)
+    ) -> None:
+        """UserError: the directory can't be made or written, is in use, or holds another cache. `owner`: 8 bytes."""
+        self.path = path
+        self.count = 0
+        self.forwards = 0
+        self.keys = torch.empty(0, dtype=torch.int64)
+        """[count], as they were when the cache was opened."""
+        self.note: str | None = None
+        """What a person should know of damage that was found."""
+        self._width, self._dtype, self._owner = width, dtype, owner
+        self._row_bytes = width * dtype.itemsize
+        self._index_bytes = 0
+        self._mapped: Tensor = torch.empty(0, width, dtype=dtype)
+        self._dirty = False
+        make_directories(path)
+        self._lock = DirectoryLock(path, "wait for it, choose another --cache-dir, or use --teacher live")
+        try:
+            self._describe(description)
+            self._rows, self._index = self._open(ROWS), self._open(INDEX)
+            self._read()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    @property
+    def table(self) -> Tensor:
+        """[count, width], mapped from the file."""
+        return self._mapped[: self.count]
+
+    def append(self, keys: Tensor, values: Tensor, forwards: int) -> None:  # [n], [n, width]
+        """Write rows, then the record of them. UserError where the disk refuses; the rows before stay as they are."""
+        data = _bytes(values.to("cpu", self._dtype))
+        named = _bytes(keys.cpu())
+        tail = struct.pack("<III8s", zlib.crc32(data), len(keys), forwards, self._owner)
+        record = struct.pack("<I", zlib.crc32(named, zlib.crc32(tail))) + tail + named.tobytes()
+        try:
+            _write_at(self._rows, data, self.count * self._row_bytes)
+            self._reserve(self.count + len(keys))
+            _write_at(self._index, record, self._index_bytes)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / ROWS}: {error.strerror}") from error
+        self._index_bytes += len(record)
+        self.count += len(keys)
+        self.forwards += forwards
+        self._dirty = True
+
+    def sync(self) -> None:
+        """Wait until the disk has rows and records."""
+        if not self._dirty:
+            return
+        try:
+            os.fsync(self._rows.fileno())
+            os.fsync(self._index.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / ROWS}: {error.strerror}") from error
+        self._dirty = False
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._mapped = self._mapped.new_empty(0, self._width)
+        self._rows.close()
+        self._index.close()
+        self._lock.release()
+
+    def remove(self) -> None:
+        """`close`, and delete the directory."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _describe(self, description: dict[str, Any]) -> None:
+        file = self.path / DESCRIPTION
+        remedy = f"delete the directory {self.path} to compute it again, or choose another --cache-dir"
+        (self.path / (DESCRIPTION + TEMPORARY)).unlink(missing_ok=True)
+        if not file.exists():
+            for name in (ROWS, INDEX):  # without a description they are nobody's
+                (self.path / name).unlink(missing_ok=True)
+            write_json(file, description)
+            return
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}; {remedy}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is cut short or corrupted: not JSON; {remedy}") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{file} is corrupted: not a JSON object; {remedy}")
+        for name in [*description, *found]:
+            if found.get(name) != description.get(name):
+                raise UserError(
+                    f"{self.path} is the cache of another {name}: {found.get(name)} there, {description.get(name)} "
+                    f"here; {remedy}"
+                )
+
+    def _open(self, name: str) -> FileIO:
+        try:
+            return open(os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+    def _read(self) -> None:
+        """Take up the records that are whole, and cut the files back to them."""
+        try:
+            index = (self.path / INDEX).read_bytes()
+            keys = []
+            while (record := self._record(index)) is not None:
+                named, forwards, is_mine = record
+                keys.append(torch.frombuffer(bytearray(named), dtype=torch.int64))
+                self._index_bytes += _HEAD.size + len(named)
+                self.count += len(keys[-1])
+                self.forwards += forwards if is_mine else 0
+            self.keys = torch.cat(keys) if keys else self.keys
+            os.ftruncate(self._index.fileno(), self._index_bytes)
+            os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
+            if self.count:
+                self._reserve(self.count)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
+
+    def _record(self, index: bytes) -> tuple[bytes, int, bool] | None:
+        """(keys, forwards, whether this owner's) of the next record, if it is whole and its rows are what it says."""
+        start = self._index_bytes
+        if len(index) - start < _HEAD.size:
+            return None
+        checksum, rows_checksum, count, forwards, owner = _HEAD.unpack_from(index, start)
+        end = start + _HEAD.size + count * _KEY_BYTES
+        if end > len(index):
+            return None
+        is_whole = zlib.crc32(index[start + 4 : end]) == checksum
+        if is_whole:
+            data = os.pread(self._rows.fileno(), count * self._row_bytes, self.count * self._row_bytes)
+            is_whole = len(data) == count * self._row_bytes and zlib.crc32(data) == rows_checksum
+        if not is_whole:
+            self.note = f"{self.path} was damaged after {self.count:,} rows: those behind are computed again"
+            return None
+        return index[start + _HEAD.size : end], forwards, owner == self._owner
+
+    def _reserve(self, count: int) -> None:
+        """Map room for so many rows: a hole in the file until they are written, and cut off when it is next opened."""
+        if count <= len(self._mapped):
+            return
+        capacity = max(count, 2 * len(self._mapped), _FIRST_CAPACITY)
+        os.ftruncate(self._rows.fileno(), capacity * self._row_bytes)
+        mapped = np.memmap(self.path / ROWS, np.uint8, "r+", shape=(capacity * self._row_bytes,))
+        self._mapped = torch.from_numpy(mapped).view(self._dtype).view(capacity, self._width)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _write_at(file: FileIO, data: memoryview | bytes, position: int) -> None:
+    """pwrite of everything: it may take less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file.fileno(), rest, position)
+        rest, position = rest[written:], position + written

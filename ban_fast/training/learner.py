@@ -1,0 +1,270 @@
+"""A self in training: its weights, its optimizer, and whatever else the rest of its training depends on."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config, ObjectiveConfig
+from ..data import Batch, Loader
+from ..errors import UserError
+from .compiled import compiled
+from .evaluator import Evaluator
+from .metrics import Meter
+from .objectives import make_objective
+from .observer import Observer
+from .optim import learning_rate, make_optimizer
+from .run_store import GenerationFiles
+from .seeds import Turns, derived_seed, random_state, seed_everything, set_random_state
+from .task import trainable_parameters
+from .teacher import Taught, Teacher
+
+AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Learner:
+    """One self of a generation. Whatever an uninterrupted run would still have in hand is in its `state`.
+
+    Several may learn side by side, `together`, from the same batches: then each draws from generators of its own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        loader: Loader,
+        device: torch.device,
+        *,
+        number: int,
+        seed: int,
+        network: nn.Module,
+        teacher: Teacher | None,
+        evaluator: Evaluator,
+        files: GenerationFiles | None,
+        observer: Observer,
+        together: bool = False,
+    ) -> None:
+        self.config, self.loader, self.device = config, loader, device
+        self.number, self.seed = number, seed
+        self.network, self.teacher = network, teacher
+        self.parameters = trainable_parameters(network)
+        self.evaluator, self.files, self.observer = evaluator, files, observer
+        self.together = together
+
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.total_steps = total_steps(config, self.steps_per_epoch)
+        self.objective_name = objective_name(config, number)
+        objective = config.objective if number else ObjectiveConfig(name="label")
+        self.objective = make_objective(objective, derived_seed(seed, "dkpp"))
+        self.optimizer = make_optimizer(config.optimizer, network.parameters())
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.forward: Callable[[Tensor], Tensor] = compiled(network) if config.compile else network
+        self.meter = Meter(device)
+
+        self.step = 0  # optimizer steps made
+        self.epoch = 0  # epochs closed
+        self.batch = 0  # batches used of the epoch begun
+        self.images = 0  # images trained on
+        self.seconds = 0.0  # spent on that
+        self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)
+        self.last_logits: dict[str, Tensor] = {}  # by split, of the final weights, as far as they were asked for
+        self._unsaved = True
+        self._turns = Turns(device) if together else None
+        with self.turn():
+            seed_everything(derived_seed(seed, "noise"), device)  # dropout's draws
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Where this one draws from its own generators."""
+        return nullcontext() if self._turns is None else self._turns.turn()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step is made and its epoch closed."""
+        return self.step >= self.total_steps and not self.batch
+
+    def batches(self, epoch: int) -> int:
+        """Batches of an epoch: all, or, in the last one, what `max_steps` leaves."""
+        return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+
+    def learn(self, batch: Batch, taught: Taught | None) -> None:
+        """One optimizer step."""
+        rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(self.config, self.device):
+            logits = self._logits(batch.images)
+        terms = self.objective(logits, taught, batch, self.step_on_device)
+        torch.autograd.backward(self.scaler.scale(terms.loss))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.meter.add(terms, logits, batch.labels)
+        self.step_on_device += 1
+        self.step += 1
+        self.batch += 1
+        self.images += len(batch.labels)
+        self._unsaved = True
+
+    def _logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
+        try:
+            return self.forward(images)
+        except ValueError as error:
+            if len(images) > 1:
+                raise
+            problem = str(error).partition("\n")[0]  # batch normalisation has no variance of one value
+            raise UserError(
+                f"the network cannot be trained on a batch of one sample ({problem}): choose another batch size, or "
+                "drop_last=True in your own DataLoader"
+            ) from error
+
+    def close_epoch(self) -> None:
+        """Evaluate and record the epoch whose last batch was learned. Interrupted: nothing of it is closed yet."""
+        if self.epoch == 0:
+            self._check_teacher()  # at the end too; but a fault need not cost a whole generation
+        is_last = self.step == self.total_steps
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train": self.meter.means(),
+        }
+        split = self.evaluator.curve
+        if split is not None and (is_last or (self.epoch + 1) % self.config.evaluate_every == 0):
+            record["evaluation"] = {"split": split, **self._evaluate(split, is_last)}
+        record["seconds"] = self.seconds
+        if self.files is not None:
+            self.files.journal.append(record)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.meter.reset()
+        self._unsaved = True
+        self.observer.epoch_finished(self.number, record)
+
+    def _evaluate(self, split: str, is_last: bool) -> dict[str, float]:
+        logits = self.evaluator.logits(self.network, split)
+        if is_last:
+            self.last_logits[split] = logits
+        return self.evaluator.figures(logits, split)
+
+    def finish(self) -> None:
+        """The last look at teacher and weights, and the last checkpoint."""
+        self._check_teacher()
+        self._check_weights()
+        if self._unsaved:
+            self.save()
+
+    def _check_teacher(self) -> None:
+        if self.teacher is not None:
+            self.teacher.check()
+
+    def check_loss(self) -> None:
+        """UserError if the loss was not finite. Waits for the device."""
+        if not self.meter.is_finite():
+            raise self._diverged("the loss")
+
+    def _check_weights(self) -> None:
+        momenta = [state["momentum_buffer"] for state in self.optimizer.state.values() if state]
+        finite = [tensor.isfinite().all() for tensor in [*self.network.parameters(), *momenta]]
+        if not torch.stack(finite).all().item():
+            raise self._diverged("a weight")
+
+    def _diverged(self, what: str) -> UserError:
+        by = "at" if self.device.type == "cpu" else "by"
+        whose = f" of {self.objective_name}" if self.together else ""
+        return UserError(
+            f"{what} is not finite in generation {self.number}{whose}, epoch {self.epoch + (1 if self.batch else 0)}, "
+            f"{by} step {self.step}: lower --lr (it is {self.config.optimizer.lr}){self._elsewhere()}"
+        )
+
+    def _elsewhere(self) -> str:
+        """A run with another learning rate is another run."""
+        return "" if self.files is None else ", with another --out"
+
+    @property
+    def can_save(self) -> bool:
+        """Whether there is a directory, and a way to go on from here: a user's DataLoader only starts over."""
+        return self.files is not None and (self.loader.exact_resume or self.batch in (0, self.batches(self.epoch)))
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment, where one can go on from it.
+
+        UserError, with the checkpoint before untouched, if its numbers are not finite.
+        """
+        if self.files is None or not self.can_save:
+            return
+        self._check_weights()
+        if self.teacher is not None:
+            self.teacher.sync()
+        self.files.save_state(self.state())
+        self._unsaved = False
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of this generation depends on."""
+        with self.turn():
+            drawn = random_state(self.device)
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "images": self.images,
+            "seconds": self.seconds,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sums": self.meter.sums,
+            "sum_images": self.meter.images,
+            "random": drawn,
+            "teacher": None if self.teacher is None else self.teacher.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to the moment of a `state`."""
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        self.images, self.seconds = state["images"], state["seconds"]
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.meter.sums.copy_(state["sums"])
+        self.meter.images = state["sum_images"]
+        self.step_on_device.fill_(self.step)
+        if self.teacher is not None:
+            self.teacher.restore(state["teacher"])
+        with self.turn():
+            set_random_state(state["random"], self.device)
+        self._unsaved = False
+
+    def record(self) -> dict[str, Any]:
+        """What results.json says of the training itself."""
+        record: dict[str, Any] = {
+            "generation": self.number,
+            "objective": self.objective_name,
+            "seed": self.seed,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "parameters": self.parameters,
+            "train_seconds": self.seconds,
+            "images_per_second": self.images / self.seconds if self.seconds else 0.0,
+        }
+        if self.number:
+            record["teacher"] = NO_TEACHER if self.teacher is None else self.teacher.record(self.images)
+        return record
+
+
+NO_TEACHER = {"mode": "none", "dtype": None, "forward_images": 0}
+"""What results.json says of the teacher of a student that learned from labels alone."""
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The precision of networks in training, students' and teachers'."""
+    return torch.autocast(device.type, AMP_DTYPES[config.amp], enabled=config.amp != "off")
+
+
+def objective_name(config: Config, generation: int) -> str:
+    """What a generation is trained on: the first one on labels."""
+    return config.objective.name if generation else "label"
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of a generation."""
+    steps = config.epochs * steps_per_epoch
+    return steps if config.max_steps is None else min(steps, config.max_steps)

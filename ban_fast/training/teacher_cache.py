@@ -1,0 +1,147 @@
+"""A teacher that is asked once for each view of an image: its rows are kept, and the losses read them in place.
+
+What it gives is what a live teacher gives, to the bit, where the teacher's kernels are batch-invariant: where the
+logits of an image don't depend on the other images of a batch of the same size. So the images whose rows are missing
+are gathered from some batches ahead, and shown to the teacher in batches of exactly the training's size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch
+from ..errors import UserError
+from .cache_store import FileRows, MemoryRows
+from .teacher import Frozen, Taught, check_fingerprint, dtype_name
+
+_MOST_AHEAD = 16
+"""Batches: the last of the teacher's own, which is filled up, costs at most one forward pass in so many."""
+_BYTES_AHEAD = 2**26
+_UNKNOWN = -1
+
+
+class CachedTeacher(Frozen):
+    """A frozen network and the rows that are known of it, by (sample, view)."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        forward: Callable[[Tensor], Tensor] | None = None,
+        *,
+        rows: MemoryRows | FileRows,
+        samples: int,
+        views: int,
+        batch_size: int,
+        device: torch.device,
+        only_confidence: bool = False,
+        on_device: bool = True,
+        is_own: bool = False,
+    ) -> None:
+        """Sample ids are below `samples`, views below `views`; the network is shown `batch_size` images at a time.
+
+        `only_confidence`: rows of one number, the largest softmax output, which is all that CWTM needs. `on_device`:
+        whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, a batch's are copied.
+        `is_own`: whether files are for this teacher's students alone.
+        """
+        super().__init__(network, forward)
+        self._rows = rows
+        self._views, self._batch_size, self._device = views, batch_size, device
+        self._only_confidence, self._is_own = only_confidence, is_own
+        self._slots = torch.full((samples * views,), _UNKNOWN, dtype=torch.int32, device=device)
+        self._copy: MemoryRows | None = None
+        self._forwards_before = 0  # whose rows were lost since
+        table = rows.table
+        self._dtype = table.dtype
+        if on_device and table.device.type != device.type:
+            self._copy = MemoryRows(table.shape[1], table.dtype, device)
+        if isinstance(rows, FileRows) and rows.count:
+            self._place(rows.keys.to(device), 0)
+            if self._copy is not None:
+                self._copy.append(rows.keys, table, 0)
+
+    @property
+    def forward_images(self) -> int:
+        """Images that went through the network for the students of this run."""
+        return self._forwards_before + self._rows.forwards
+
+    def ahead(self, batch: Batch) -> int:
+        """As many as 64 MiB hold, at most 16."""
+        size = max(batch.images.numel() * batch.images.element_size(), 1)
+        return min(max(_BYTES_AHEAD // size, 1), _MOST_AHEAD)
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Compute what is not known of them. On a GPU this waits for it, once in all these batches."""
+        assert all(len(batch.images) == self._batch_size for batch in batches)
+        keys = [self._keys(batch) for batch in batches]
+        missing = [self._slots[key] == _UNKNOWN for key in keys]
+        wanted = torch.cat([key[absent] for key, absent in zip(keys, missing, strict=True)])
+        if not len(wanted):
+            return
+        images = torch.cat([batch.images[absent] for batch, absent in zip(batches, missing, strict=True)])
+        for start in range(0, len(wanted), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            # Strides as a batch has them: of a single channel they tell kernels which layout to work in.
+            shown = torch.empty_like(batches[0].images)
+            shown[: len(images[part])] = images[part]
+            shown[len(images[part]) :] = images[-1]
+            self._compute(wanted[part], shown)
+
+    def __call__(self, batch: Batch) -> Taught:
+        """Its rows, where they lie."""
+        slots = self._slots[self._keys(batch)].long()
+        table = self._rows.table if self._copy is None else self._copy.table
+        rows: Tensor | None = slots
+        if table.device.type != self._device.type:
+            table, rows = table[slots.cpu()].to(self._device, non_blocking=True), None
+        return Taught(None, rows, table[:, 0]) if self._only_confidence else Taught(table, rows)
+
+    def record(self, images: int) -> dict[str, Any]:
+        """How many images the teacher saw, for all students that share it in this run."""
+        return {"mode": "cache", "dtype": dtype_name(self._dtype), "forward_images": self.forward_images}
+
+    def state(self) -> dict[str, Any]:
+        """Which teacher it is, and how often it was asked."""
+        return {"fingerprint": self.fingerprint, "forward_images": self.forward_images}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a `state`. UserError if it was another teacher's."""
+        check_fingerprint(state, self.fingerprint)
+        self._forwards_before = max(self._forwards_before, state.get("forward_images", 0) - self._rows.forwards)
+
+    def sync(self) -> None:
+        """Rows that a checkpoint's step has read are on disk before it: a resumed run meets the same ones."""
+        self._rows.sync()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._rows.close()
+
+    def dismiss(self) -> None:
+        """Let go of the files; those of the run's own go with its students."""
+        if self._is_own and isinstance(self._rows, FileRows):
+            self._rows.remove()
+        else:
+            self.close()
+
+    def _keys(self, batch: Batch) -> Tensor:
+        return batch.sample_ids * self._views + batch.views
+
+    def _compute(self, keys: Tensor, images: Tensor) -> None:  # [n], [batch_size, ...], n <= batch_size
+        logits = self.logits(images)[: len(keys)]
+        values = logits.float().softmax(1).amax(1, keepdim=True) if self._only_confidence else logits
+        kept = values.to(self._dtype)
+        if self._dtype == torch.float16 and not torch.equal(kept.isfinite(), values.isfinite()):
+            raise UserError(
+                f"the teacher has a logit of {values.abs().max().item():.3g}, which fp16 can't hold: "
+                "use --cache-dtype bf16 or fp32 and another --out"
+            )
+        first = self._rows.count
+        self._rows.append(keys, kept, self._batch_size)
+        self._place(keys, first)
+        if self._copy is not None:
+            self._copy.append(keys, kept, self._batch_size)
+
+    def _place(self, keys: Tensor, first: int) -> None:
+        self._slots[keys] = torch.arange(first, first + len(keys), dtype=torch.int32, device=self._device)

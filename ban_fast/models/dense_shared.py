@@ -13,15 +13,17 @@ def through_block(
     x: Tensor,  # [B, C0, H, W]
     norms: Sequence[nn.Module],  # two of every unit, then the exit's
     convs: Sequence[nn.Conv2d],  # two of every unit, then the exit's if it has one
+    sync_statistics: bool = False,
 ) -> Tensor:
     """What the modules by turns make of x, with concatenations: [B, out, H, W], or [B, C] without a last convolution.
 
-    Running statistics become what they would. Norms that are nn.SyncBatchNorm share batch statistics over the ranks of
-    their process group, on every device that it serves: once a channel, not once a norm. ValueError for modules that
-    are not batch norms, norms that do not share with the same ranks, and one value a channel to take statistics of.
+    Running statistics become what they would. Norms that are nn.SyncBatchNorm take batch statistics over the ranks of
+    their process group, with `sync_statistics` all do over the default one: once a channel, not once a norm.
+    ValueError for modules that are not batch norms, norms that do not share with the same ranks, and one value a
+    channel to take statistics of.
     """
     batch_norms = [_batch_norm(norm) for norm in norms]
-    group = _group(batch_norms)
+    group = _group(batch_norms, sync_statistics)
     if not group and x[:, 0].numel() == 1 and any(map(_by_batch, batch_norms)):
         raise ValueError(f"batch norm needs more than 1 value per channel when training, got {list(x.shape)}")
     y, statistics = dense_block(x, [conv.weight for conv in convs], [_values(n, x) for n in batch_norms], group=group)
@@ -44,14 +46,16 @@ def _by_batch(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def _group(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm]) -> str:
+def _group(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], sync_statistics: bool) -> str:
     """The name of the process group over which statistics are shared; "" where they are this rank's."""
     if not dist.is_available() or not dist.is_initialized():
         return ""
     groups = set()
     for norm in norms:
         if norm.training:
-            group = (norm.process_group or dist.group.WORLD) if isinstance(norm, nn.SyncBatchNorm) else None
+            group = norm.process_group if isinstance(norm, nn.SyncBatchNorm) else None
+            if group is None and (sync_statistics or isinstance(norm, nn.SyncBatchNorm)):
+                group = dist.group.WORLD
             groups.add("" if group is None or group.size() == 1 else group.group_name)
     if len(groups) > 1:
         raise ValueError('norms of one block in memory="shared" must share statistics with the same ranks')

@@ -101,6 +101,8 @@ class DenseNet(nn.Module):
         statistics once for all that read it: the same to rounding, with the least memory and time. It calls the
         modules' parameters, not the modules: hooks on those within a block do not run, and it has no second
         derivative.
+    sync_statistics: batch statistics over the images of all ranks of the default process group, if there is one: once
+        a channel, on any device. Only for "shared", which takes nn.SyncBatchNorm too.
 
     Convolutions start from N(0, 2 / fan_out), as in the authors' code. UserError for arguments that cannot be.
     """
@@ -117,6 +119,7 @@ class DenseNet(nn.Module):
         in_channels: int = 3,
         bottleneck: int = 4,
         memory: str = "plain",
+        sync_statistics: bool = False,
     ) -> None:
         super().__init__()
         transitions = len(units) - (not final_transition)
@@ -129,6 +132,11 @@ class DenseNet(nn.Module):
         ):
             checks.whole(name, value)
         self.memory = checks.choice("memory", memory, MEMORIES)
+        if sync_statistics and memory != "shared":
+            raise UserError(
+                f'sync_statistics needs memory="shared", got {memory!r}; nn.SyncBatchNorm serves the others'
+            )
+        self.sync_statistics = sync_statistics
         recompute = memory == "checkpoint"
 
         self.stem = nn.Conv2d(in_channels, init_width, 3, padding=1, bias=False)
@@ -176,9 +184,11 @@ class DenseNet(nn.Module):
             norms: list[nn.Module] = [part.norm for part in parts]
             if i == len(transitions):
                 norms.append(self.norm)
-            x = through_block(F.avg_pool2d(x, 2) if i else x, norms, [part.conv for part in parts])
+            x = through_block(
+                F.avg_pool2d(x, 2) if i else x, norms, [part.conv for part in parts], self.sync_statistics
+            )
         if len(transitions) == len(self.blocks):
-            x = through_block(x, [self.norm], [])
+            x = through_block(x, [self.norm], [], self.sync_statistics)
         logits: torch.Tensor = self.classifier(x)
         return logits
 
@@ -201,6 +211,7 @@ def densenet_bc(
     num_classes: int = 100,
     in_channels: int = 3,
     memory: str = "plain",
+    sync_statistics: bool = False,
 ) -> DenseNet:
     """DenseNet-BC of three blocks of `units` units: stem of two growths, transitions that halve the width."""
     return DenseNet(
@@ -211,4 +222,5 @@ def densenet_bc(
         num_classes=num_classes,
         in_channels=in_channels,
         memory=memory,
+        sync_statistics=sync_statistics,
     )

@@ -34,13 +34,13 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "wrn-{depth}-{width}": Family(WideResNet, ("dropout",)),
-    "densenet-bc-{depth}-{growth}": Family(_densenet_of_depth, ("memory",)),
+    "densenet-bc-{depth}-{growth}": Family(_densenet_of_depth, ("memory", "sync_statistics")),
     # The paper's rows by what their parameter counts say: 17, 14, 12 and 12 units a block, and a third transition in
     # all but the first, which is DenseNet-BC-106-33.
-    "densenet-112-33": Family(partial(densenet_bc, 17, 33), ("memory",)),
-    "densenet-90-60": Family(partial(densenet_bc, 14, 60, True), ("memory",)),
-    "densenet-80-80": Family(partial(densenet_bc, 12, 80, True), ("memory",)),
-    "densenet-80-120": Family(partial(densenet_bc, 12, 120, True), ("memory",)),
+    "densenet-112-33": Family(partial(densenet_bc, 17, 33), ("memory", "sync_statistics")),
+    "densenet-90-60": Family(partial(densenet_bc, 14, 60, True), ("memory", "sync_statistics")),
+    "densenet-80-80": Family(partial(densenet_bc, 12, 80, True), ("memory", "sync_statistics")),
+    "densenet-80-120": Family(partial(densenet_bc, 12, 120, True), ("memory", "sync_statistics")),
     "convnet-{width}": Family(ConvNet),
     "mlp-{hidden}": Family(MLP, ("image_size",), needs_image_size=True),
 }
@@ -55,7 +55,8 @@ def create(name: str, num_classes: int | None = None, *, in_channels: int = 3, *
     """The network called `name`, freshly initialised from torch's generator; on the meta device too.
 
     It takes [B, in_channels, H, W] and returns logits [B, num_classes]; num_classes None is 100. `options` are those
-    of its family: dropout (wrn), memory (densenet), image_size (mlp); torchvision's and timm's go to their builders.
+    of its family: dropout (wrn), memory and sync_statistics (densenet), image_size (mlp); torchvision's and timm's go
+    to their builders.
     `package.module:factory` is called with num_classes and the options, and with in_channels if it has a parameter of
     that name. UserError for a name, an option or a value that cannot be.
     """

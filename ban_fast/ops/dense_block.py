@@ -64,7 +64,7 @@ def dense_block(
     dtype, kind = x.dtype, x.device.type
     if dtype not in DTYPES:
         raise ValueError(f"x: a dense block takes float32, float64, bfloat16 or float16, got {dtype}")
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
     acc = acc_dtype(dtype)
     x, convs = x.to(dtype), [weight.to(dtype) for weight in convs]
@@ -129,7 +129,7 @@ def _columns(norms: Sequence[Norm]) -> tuple[list[Any], ...]:
 def _forward(
     x: Tensor, convs: Sequence[Tensor], norms: Sequence[Norm], group: str, *, keep: bool
 ) -> tuple[Tensor, backend.Saved]:
-    if is_traced(x):
+    if is_traced(x) or x.is_meta:
         y, *saved = torch.ops.ban_fast.dense_block(x, convs, *_columns(norms), group=group, keep=keep)
         return y, backend.Saved(*saved)
     with torch.autocast(x.device.type, enabled=False):
@@ -144,7 +144,7 @@ def _backward(
     need: backend.Need,
     group: str,
 ) -> backend.Gradients:
-    if not is_traced(grad):
+    if not (is_traced(grad) or grad.is_meta):
         with torch.autocast(grad.device.type, enabled=False):
             return backend.backward(grad, saved, convs, norms, need, group=group)
     found = iter(torch.ops.ban_fast.dense_block_backward(grad, *saved, convs, *_columns(norms), *need, group=group))
@@ -156,7 +156,7 @@ def _backward(
 @torch.library.impl("ban_fast::dense_block", "default")
 def _operator(x: Tensor, convs: list[Tensor], *columns: list[Any], group: str, keep: bool) -> Packed:
     norms = [Norm(*norm) for norm in zip(*columns, strict=True)]
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         y, saved = backend.forward(x, convs, norms, group=group, keep=keep)
     return y, *saved
 
@@ -197,7 +197,7 @@ def _backward_operator(
     norms = [Norm(*norm) for norm in zip(weights, biases, means, variances, eps, strict=True)]
     saved = backend.Saved(features, hidden, statistics, hidden_statistics, total)
     need = backend.Need(need_x, need_convs, need_norms)
-    with torch.autocast(grad.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
         result = backend.backward(grad, saved, convs, norms, need, group=group)
     return [g for g in (result.x, *result.convs, *result.norms) if g is not None]
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ban_fast import models
 from ban_fast.backends import dense_shape
+from ban_fast.errors import UserError
 
 UNITS, GROWTH = [3, 2, 2], [4, 5, 33]  # 33 is the paper's odd growth
 # Both forms round each sum to 1e-16 of its terms; a few hundred steps of such sums stay four digits below this.
@@ -467,3 +468,9 @@ def test_other_dtypes_are_refused():
     network = make("shared")
     with pytest.raises(ValueError, match=r"float32, float64, bfloat16 or float16, got torch\.int32"):
         through_block(torch.zeros(2, 8, 4, 4, dtype=torch.int32), [network.blocks[0][0].reduce.norm], [])
+
+
+@pytest.mark.parametrize("memory", ["plain", "checkpoint"])
+def test_sync_statistics_is_for_shared(memory):
+    with pytest.raises(UserError, match=f'sync_statistics needs memory="shared", got {memory!r}; nn.SyncBatchNorm'):
+        models.create("densenet-bc-10-4", memory=memory, sync_statistics=True)

@@ -1,0 +1,115 @@
+"""memory="shared" in two gloo processes on the CPU: DistributedDataParallel, and batch statistics of all ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ban_fast import models
+
+RANKS, STEPS, IMAGES = 2, 3, 8
+EVEN, UNEVEN = (0, 4, 8), (0, 5, 8)
+"""Which images are whose."""
+JOBS = {
+    "ddp": {"plain": ("plain", {}, EVEN), "shared": ("shared", {}, EVEN)},
+    "option": {"shared": ("shared", {"sync_statistics": True}, UNEVEN)},
+    "converted": {"shared": ("shared", {}, UNEVEN)},
+}
+
+
+def make(memory: str, **options: bool) -> nn.Module:
+    torch.manual_seed(0)
+    arguments = {"final_transition": True, "num_classes": 5, "memory": memory, **options}
+    return models.DenseNet([3, 2], [4, 4], 8, **arguments).double()
+
+
+def images(step: int) -> torch.Tensor:  # of all ranks
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(IMAGES, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def train(network: nn.Module, forward: nn.Module, rank: slice, share: float) -> dict[str, list[torch.Tensor]]:
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, labels = images(step)[rank], (torch.arange(IMAGES) % 5)[rank]
+        # DDP divides gradients by the number of ranks, so each weighs its images' losses by that.
+        loss = nn.functional.cross_entropy(forward(x), labels, reduction="sum") * share
+        loss.backward()
+        if dist.is_initialized() and not isinstance(forward, DistributedDataParallel):
+            for parameter in network.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= RANKS
+        optimizer.step()
+    return {
+        "gradients": [p.grad for p in network.parameters()],
+        "weights": [p.detach() for p in network.parameters()],
+        "buffers": list(network.buffers()),
+    }
+
+
+def worker(rank: int, folder: str, job: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    result = {}
+    for name, (memory, options, cuts) in JOBS[job].items():
+        network = make(memory, **options)
+        forward: nn.Module = network
+        if job == "converted":  # DistributedDataParallel takes nn.SyncBatchNorm on GPUs alone
+            network = forward = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        else:  # small buckets, so that there are several, and they are rebuilt in the order of the first backward
+            forward = DistributedDataParallel(network, bucket_cap_mb=0.01)
+        result[name] = train(network, forward, slice(cuts[rank], cuts[rank + 1]), RANKS / IMAGES)
+    network.eval()  # no statistics, nothing to wait for
+    if rank == 0:
+        result["eval"] = network(images(9)).detach()
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def spawn(folder: Path, job: str) -> list[dict]:
+    multiprocessing.spawn(worker, (str(folder), job), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def test_equal_to_plain_in_two_processes(tmp_path):
+    first, second = spawn(tmp_path, "ddp")
+    for rank in (first, second):
+        for kind, expected in rank["plain"].items():
+            for a, b in zip(expected, rank["shared"][kind], strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+    for a, b in zip(first["shared"]["weights"], second["shared"]["weights"], strict=True):
+        assert torch.equal(a, b)
+    # Each rank has statistics of its own images.
+    assert not torch.equal(first["shared"]["buffers"][0], second["shared"]["buffers"][0])
+
+
+@pytest.mark.parametrize("job", ["option", pytest.param("converted", marks=pytest.mark.slow)])
+def test_statistics_of_all_ranks(job, tmp_path):
+    """Two ranks of 5 and 3 images train as one process does on all 8: by the option, or with nn.SyncBatchNorm."""
+    ranks = spawn(tmp_path, job)
+    network = make("plain")
+    expected = train(network, network, slice(None), 1 / IMAGES)
+    for rank in ranks:
+        for kind in expected:
+            for a, b in zip(expected[kind], rank["shared"][kind], strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ranks[0]["eval"], network.eval()(images(9)), rtol=1e-10, atol=1e-10)
+
+
+def test_norms_that_share_and_norms_that_do_not_are_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        network = make("shared")
+        unit = network.blocks[0][0]
+        unit.reduce.norm = nn.SyncBatchNorm.convert_sync_batchnorm(unit.reduce.norm)
+        network(images(0))  # one rank alone shares with nobody
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist.ProcessGroup, "size", lambda self: 2)
+            with pytest.raises(ValueError, match="must share statistics with the same ranks"):
+                network(images(0))
+    finally:
+        dist.destroy_process_group()

@@ -43,6 +43,11 @@ class Case:
         return f"{self.objective}-{self.rows}x{self.classes}-{self.dtype}-{self.regime}"
 
     @property
+    def kind(self) -> tuple[Objective, int, int, Dtype]:
+        """All but the regime: what a provider is built and compiled for."""
+        return self.objective, self.rows, self.classes, self.dtype
+
+    @property
     def title(self) -> str:
         return f"{TITLE[self.objective]} [{self.rows}, {self.classes}] {self.dtype}, {self.regime} logits"
 
@@ -67,23 +72,23 @@ class Case:
 
 def everything(device: str) -> list[Case]:
     """Every case of `--full` on "cpu" or "cuda", those that targets are set for first."""
-    cases = targets(device)
     shapes = GPU_SHAPES if device == "cuda" else SHAPES
-    dtypes: tuple[Dtype, ...] = ("fp32", "bf16")
-    cases += [_case(o, shape, d) for o in TITLE for shape in shapes for d in dtypes]
-    cases += [_case(o, shape, "fp32", "near") for o in TITLE for shape in (SMALL, LARGE)]
-    return list(dict.fromkeys(cases))
+    cases = []
+    for objective in TITLE:
+        for shape in shapes:
+            cases += _both(objective, shape) if shape in (SMALL, LARGE) else [_case(objective, shape, "fp32")]
+            cases.append(_case(objective, shape, "bf16"))
+    return list(dict.fromkeys(targets(device) + cases))
 
 
 def usual(device: str) -> list[Case]:
     """The cases of a run without `--full`: on a GPU all (the clock decides how many), on a CPU fp32 above all."""
     if device == "cuda":
         return everything(device)
-    cases = targets(device)
-    cases += [_case("kd", shape, "fp32") for shape in SHAPES]
+    cases = [_case("kd", shape, "fp32") for shape in SHAPES]
     cases += [_case("kd", shape, "bf16") for shape in (SMALL, LARGE)]
     cases += [_case(o, shape, "fp32") for o in ("kd_labels", "cwtm", "dkpp") for shape in (LARGE, SMALL)]
-    return list(dict.fromkeys(cases))
+    return list(dict.fromkeys(targets(device) + cases))
 
 
 def targets(device: str) -> list[Case]:
@@ -96,9 +101,8 @@ def targets(device: str) -> list[Case]:
             ("kd", (512, 100), "fp32"), ("kd", HUGE, "fp32"), ("kd", (4096, 32000), "bf16"),
         ]  # fmt: skip
         return [_case(*each) for each in large]
-    cases = [_case("kd", LARGE, "fp32", regime) for regime in ("random", "near")]
-    cases += [_case("kd", SMALL, "fp32", regime) for regime in ("random", "near")]
-    return cases + [_case(o, LARGE, "fp32") for o in ("cwtm", "dkpp", "cwtm_confidence")]
+    small = _both("kd", LARGE) + _both("kd", SMALL) + _both("cwtm", LARGE) + _both("dkpp", LARGE)
+    return [*small, _case("cwtm_confidence", LARGE, "fp32")]
 
 
 def autotuned() -> list[Case]:
@@ -114,6 +118,12 @@ def left_out(taken: list[Case], device: str) -> list[str]:
             group = f"{TITLE[case.objective]} {case.dtype}, {case.regime} logits"
             groups.setdefault(group, []).append(f"[{case.rows}, {case.classes}]")
     return [f"{group}: {', '.join(shapes)}" for group, shapes in groups.items()]
+
+
+def _both(objective: Objective, shape: Shape) -> list[Case]:
+    """At random and at near logits, one after the other: they compile once."""
+    regimes: tuple[Regime, ...] = ("random", "near")
+    return [_case(objective, shape, "fp32", regime) for regime in regimes]
 
 
 def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:

@@ -1,6 +1,8 @@
 """`pytest benchmarks/ --benchmark-only`: a test for each (case, setting, provider), replaying the harness's rounds."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,10 @@ from benchmarks.providers import providers
 from benchmarks.run import Run
 
 RUN = pytest.StashKey[Run]()
+GIVEN_UP = pytest.StashKey[list[str]]()
+"""Tests that the run's time was over for, other than the harness's own."""
+TIME_OVER = "left out: the run's time was over"
+GRACE = 5.0  # seconds in which the harness gives up by itself, and says more
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]'")
     full = config.getoption("--full")
     config.stash[RUN] = Run(runs.device(), full=full, minutes=None if full else runs.MINUTES)
+    config.stash[GIVEN_UP] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -36,6 +43,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("case", "setting", "provider"), found)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    left = item.config.stash[RUN].seconds_left()
+    if left is not None and left <= 0:
+        _give_up(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test that still runs when the run's time is over is given up, whatever it does."""
+    left = item.config.stash[RUN].seconds_left()
+    if left is None:
+        return (yield)
+    before = signal.signal(signal.SIGALRM, lambda *_: _give_up(item))
+    signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3) + GRACE)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _give_up(item: pytest.Item) -> None:
+    item.config.stash[GIVEN_UP].append(item.nodeid)
+    pytest.skip(TIME_OVER)
+
+
 @pytest.fixture(scope="session")
 def run(pytestconfig: pytest.Config) -> Iterator[Run]:
     """The session's run; its processes end with the session."""
@@ -44,8 +77,8 @@ def run(pytestconfig: pytest.Config) -> Iterator[Run]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    run = config.stash[RUN]
-    if not run.records:
+    run, given_up = config.stash[RUN], config.stash[GIVEN_UP]
+    if not run.records and not given_up:
         return
     figures = Figures(run.records)
     terminalreporter.section("forward + backward, from logits to d loss / d logits")
@@ -53,7 +86,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"\n{tables.case_table(figures, case)}")
     terminalreporter.write_line(f"\n{tables.summary(figures, figures.cases())}")
     terminalreporter.write_line(f"\n{tables.target_table({'device': run.device, 'records': run.records})}")
-    left_out = run.left_out()
+    terminalreporter.write_line(f"\nMost memory that the measuring processes held: {run.peak_bytes / 1e9:.1f} GB")
+    left_out = run.left_out() + [f"{test}: for want of time" for test in given_up]
     terminalreporter.write_line("\nLeft out, but for --full:" if left_out else "\nNothing was left out.")
     for line in left_out:
         terminalreporter.write_line(f"  {line}")

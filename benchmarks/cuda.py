@@ -5,42 +5,59 @@ Written against torch's documentation and compiled nowhere but in the head: no G
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.harness import Lap, calls_for, one_call
-from benchmarks.inputs import Inputs
-from benchmarks.providers import Step
+from benchmarks.harness import Lap, calls_for
 
 GRAPHED_BYTES = 2**30
 """Above this a launch is nothing, and a graph a provider would hold too much memory at once."""
+COLD_BYTES = 2**20
+"""A tensor's, from which `MOST_SETS` are enough for a cold L2 of 80 MiB."""
 GRAPHED_CALLS = 50
 """Calls in one graph at least: an event's tick of 0.5 us and a graph's launch are then nothing beside a 3 us kernel."""
 COLD_L2 = 3
 """A cold L2: as many sets of inputs in turn as together have this many times its size."""
+MOST_SETS = 128
+"""Of inputs. Cases that would need more for a cold L2 have few bytes, and are bound by their launches."""
 
-PLAIN = "plain, L2 cold"
+PLAIN = "plain"
 GRAPH_COLD = "CUDA graph, L2 cold"
 GRAPH_WARM = "CUDA graph, L2 warm"
 
 
+class Lost(Exception):
+    """An error that CUDA does not recover from, as after an access out of bounds: this process can use it no more."""
+
+
+def usable() -> bool:
+    """Whether work can still be given to the GPU; true where this process has none."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def settings(case: Case) -> list[str]:
     """The settings that a case is measured in on a GPU."""
-    return [PLAIN, GRAPH_COLD, GRAPH_WARM] if case.bytes <= GRAPHED_BYTES else [PLAIN]
+    if case.bytes > GRAPHED_BYTES:
+        return [PLAIN]
+    return [PLAIN, GRAPH_COLD, GRAPH_WARM] if case.tensor_bytes >= COLD_BYTES else [PLAIN, GRAPH_WARM]
 
 
 def sets_for(case: Case, device: torch.device) -> int:
-    """Sets of inputs that keep L2 cold."""
+    """Sets of inputs that keep L2 cold, `MOST_SETS` at most."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, math.ceil(COLD_L2 * l2 / (2 * case.tensor_bytes)))
+    return min(MOST_SETS, math.ceil(COLD_L2 * l2 / (2 * case.tensor_bytes)))
 
 
-def plain_lap(step: Step, sets: Sequence[Inputs], seconds: float) -> tuple[Lap, int]:
+def plain_lap(call: Callable[[], object], seconds: float) -> tuple[Lap, int]:
     """Calls as a training loop makes them, the host's work included where it is the longer; and how many."""
-    call = one_call(step, sets)
     calls = max(calls_for(seconds), 10 if seconds < 0.01 else 1)
 
     def lap() -> float:
@@ -54,11 +71,10 @@ def plain_lap(step: Step, sets: Sequence[Inputs], seconds: float) -> tuple[Lap, 
     return lap, calls
 
 
-def graph_lap(step: Step, sets: Sequence[Inputs]) -> tuple[Lap, int]:
-    """Calls captured in one graph, over the sets in turn, timed by events around its replay; and how many."""
-    call = one_call(step, sets)
-    calls = max(len(sets), GRAPHED_CALLS)
-    _on_side_stream(call, min(len(sets), 3))
+def graph_lap(call: Callable[[], object], sets: int) -> tuple[Lap, int]:
+    """Calls captured in one graph, so that every set has its turn, timed by events around its replay; and how many."""
+    calls = sets * math.ceil(GRAPHED_CALLS / sets)
+    _on_side_stream(call, 3)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
@@ -86,7 +102,7 @@ def synchronized(call: Callable[[], object], times: int = 1) -> Callable[[], Non
     return wait
 
 
-def peak_bytes(call: Callable[[], Tensor]) -> float:
+def peak_bytes(call: Callable[[], object]) -> float:
     """The most memory that one call holds beyond what is allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -96,7 +112,7 @@ def peak_bytes(call: Callable[[], Tensor]) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
-def _on_side_stream(call: Callable[[], Tensor], times: int) -> None:
+def _on_side_stream(call: Callable[[], object], times: int) -> None:
     """Calls before a capture, on a stream of their own, as torch.cuda.graph asks for."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

@@ -148,7 +148,10 @@ def laps(steps: dict[str, Callable[[], object]], device: str) -> Laps:
     rounds = rounds_for(sum(calls_for(seconds) * seconds for seconds in second.values()), CELL_SECONDS)
     found = Laps({name: [] for name in steps})
     for _ in range(REPEATS):
-        for name, more in interleave(turns, rounds).items():
+        times, failures = interleave(turns, rounds)
+        for error in failures.values():
+            raise error
+        for name, more in times.items():
             found.seconds[name].extend(more)
         if found.decided():
             break

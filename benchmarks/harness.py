@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,14 @@ from benchmarks.providers import Step
 WARM_UP = 0.2  # seconds a provider, before any lap
 LAP = 0.005  # a clock read is 50 ns and a wake-up of the second thread 10 us
 ROUNDS = (5, 41)
+SLOW = 0.5  # seconds a call: beyond it a provider sits out
+SLOW_ROUNDS = 3  # all rounds but these
 
 Lap = Callable[[], float]
 """Runs one lap and returns its seconds a call."""
 Clock = Callable[[], float]
+At = Callable[[str], object]
+"""Hears whose turn it is, before every one."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +63,31 @@ def quantiles(laps: Sequence[float]) -> tuple[float, float, float]:
     return cuts[1], statistics.median(laps), cuts[7]
 
 
-def interleave(laps: Mapping[str, Lap], rounds: int) -> dict[str, list[float]]:
-    """Every lap once a round, in the mapping's order, with the garbage collector at rest."""
+def interleave(
+    laps: Mapping[str, Lap], rounds: int, *, slow: Collection[str] = (), at: At | None = None
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Every lap once a round, in the mapping's order, with the garbage collector at rest.
+
+    Returns the times of those that came through, and what ended the others. `slow` ones have `SLOW_ROUNDS`.
+    """
     times: dict[str, list[float]] = {name: [] for name in laps}
+    failures: dict[str, Exception] = {}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
             for name, lap in laps.items():
-                times[name].append(lap())
+                if name in failures or (number >= SLOW_ROUNDS and name in slow):
+                    continue
+                if at is not None:
+                    at(name)
+                try:
+                    times[name].append(lap())
+                except Exception as error:  # memory may end, and the others go on
+                    failures[name] = error
     finally:
         gc.enable()
-    return times
+    return {name: each for name, each in times.items() if name not in failures}, failures
 
 
 def rounds_for(round_seconds: float, seconds: float) -> int:
@@ -86,7 +103,7 @@ def one_call(step: Step, sets: Sequence[Inputs]) -> Callable[[], Tensor]:
 
 
 def warm(call: Callable[[], object], clock: Clock = time.perf_counter, least: float = WARM_UP) -> float:
-    """Call it for `least` seconds, twice at least; returns a late call's seconds."""
+    """Call it for `least` seconds, twice at least but where it is slow; returns a late call's seconds."""
     begin = clock()
     last = math.inf
     for count in itertools.count(1):
@@ -96,6 +113,8 @@ def warm(call: Callable[[], object], clock: Clock = time.perf_counter, least: fl
         last = min(last, end - start) if count > 1 else last
         if count > 1 and end - begin >= least:
             return last
+        if end - start > SLOW:  # and warm: the gate has called it before
+            return end - start
     raise AssertionError("count() ended")
 
 

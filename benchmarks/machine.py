@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,13 @@ def file_name(described: dict[str, Any]) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", name(described).lower()).strip("-")
     commit = (described["source"]["commit"] or "unknown")[:10]
     return f"{slug}-{commit}{'-modified' if described['source']['dirty'] else ''}.json"
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, whenever this process is killed."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def gpu_state() -> dict[str, str] | None:
@@ -125,7 +131,8 @@ def _source() -> dict[str, Any]:
 
 def _run(*command: str) -> str | None:
     """What a command prints, or None where it is not there or fails."""
-    if shutil.which(command[0]) is None:
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     return answer.stdout.strip() if answer.returncode == 0 else None

@@ -2,15 +2,27 @@
 
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from benchmarks import cuda, gate
 from benchmarks.cases import Case
-from benchmarks.harness import Lap, Timing, calls_for, interleave, lap_of, one_call, quantiles, rounds_for, warm
+from benchmarks.harness import (
+    SLOW,
+    At,
+    Lap,
+    Timing,
+    calls_for,
+    interleave,
+    lap_of,
+    one_call,
+    quantiles,
+    rounds_for,
+    warm,
+)
 from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.providers import Provider, Step
 from benchmarks.stream import streams
@@ -31,11 +43,17 @@ class Candidate:
     refused: str | None = None
     """The gate's reason."""
     failed: str | None = None
-    """The exception that it ended in."""
+    """The exception that it ended in, or what became of the process that it ran in before."""
 
     @property
     def runs(self) -> bool:
         return self.step is not None and self.refused is None and self.failed is None
+
+    def fail(self, error: Exception, when: str = "") -> None:
+        """Record what it raised: the others go on. Raises the error where the device is lost to all of them."""
+        self.failed = f"{when}{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if not cuda.usable():
+            raise cuda.Lost(self.failed) from error
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -48,42 +66,106 @@ class Candidate:
         }
 
 
-def measure_case(
-    case: Case, candidates: Sequence[Provider], device: torch.device, settings: Sequence[str], *, seconds: float
-) -> list[dict[str, Any]]:
-    """A record for each setting: the case, its streams' GB/s, and every provider's verdict and time.
+@dataclass
+class Bench:
+    """Measures the cases of one process, one after another, and says to `at` whose turn it is: "" is its own."""
 
-    `settings` are cuda.settings on a GPU; on a CPU the one that this process was started in. `seconds` bound the
-    rounds of one setting, but for the least that harness.ROUNDS says.
-    """
-    torch.compiler.reset()  # every shape is compiled for itself, and the limit on recompilations starts anew
-    found = [prepare(case, provider, device) for provider in candidates]
-    sets = _sets(case, device)
-    records = []
-    for setting in settings:
-        times = _time(found, case, setting, sets, device, seconds)
-        bandwidth = {name: size / quantiles(times.pop(name).laps)[1] for name, (_, size) in streams(device).items()}
-        records.append(
-            {
-                "case": case.to_dict(),
-                "setting": setting,
-                "bytes": case.bytes,
-                "sets": 1 if setting == cuda.GRAPH_WARM else len(sets),
-                "streams_gb_s": {name: value / 1e9 for name, value in bandwidth.items()},
-                "providers": {
-                    c.provider.name: c.to_dict() | {"time": times[c.provider.name].to_dict()}
-                    if c.provider.name in times
-                    else c.to_dict() | {"time": None}
-                    for c in found
-                },
-                "laps_s": {name: timing.laps for name, timing in times.items()},
-            }
-        )
-    return records
+    device: torch.device
+    at: At = lambda name: None
+    _kind: object = None
+    _prepared: dict[str, Candidate] = field(default_factory=dict)
+    """What was built and gated for the last case, by name: its other regime needs nothing anew."""
+
+    def measure(
+        self,
+        case: Case,
+        providers: Sequence[Provider],
+        settings: Sequence[str],
+        *,
+        seconds: float,
+        excluded: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """A record for each setting: the case, its streams' GB/s, and every provider's verdict and time.
+
+        `settings` are cuda.settings on a GPU; on a CPU the one that this process was started in. `seconds` bound the
+        rounds of one setting, but for the least that harness.ROUNDS says. `excluded` providers have a reason by name.
+        Raises cuda.Lost where a provider leaves a device that nothing runs on.
+        """
+        if case.kind != self._kind:
+            torch.compiler.reset()  # every shape is compiled for itself, and the limit on recompilations starts anew
+            self._kind, self._prepared = case.kind, {}
+        candidates = [self._candidate(case, provider, excluded or {}) for provider in providers]
+        self.at("")
+        sets = _sets(case, self.device)
+        return [self._record(candidates, case, setting, sets, seconds) for setting in settings]
+
+    def _candidate(self, case: Case, provider: Provider, excluded: Mapping[str, str]) -> Candidate:
+        if provider.name in excluded:
+            return Candidate(provider, failed=excluded[provider.name])
+        if provider.name not in self._prepared:
+            self.at(provider.name)
+            self._prepared[provider.name] = prepare(case, provider, self.device)
+        return replace(self._prepared[provider.name])
+
+    def _record(
+        self, candidates: Sequence[Candidate], case: Case, setting: str, sets: Sequence[Inputs], seconds: float
+    ) -> dict[str, Any]:
+        times = self._time(candidates, setting, sets[:1] if setting == cuda.GRAPH_WARM else sets, seconds)
+        self.at("")
+        found = streams(self.device)
+        bandwidth = {name: size / quantiles(times.pop(name).laps)[1] for name, (_, size) in found.items()}
+        return {
+            "case": case.to_dict(),
+            "setting": setting,
+            "bytes": case.bytes,
+            "sets": 1 if setting == cuda.GRAPH_WARM else len(sets),
+            "streams_gb_s": {name: value / 1e9 for name, value in bandwidth.items()},
+            "providers": {
+                c.provider.name: c.to_dict()
+                | {"time": times[c.provider.name].to_dict() if c.provider.name in times else None}
+                for c in candidates
+            },
+            "laps_s": {name: timing.laps for name, timing in times.items()},
+        }
+
+    def _time(
+        self, candidates: Sequence[Candidate], setting: str, sets: Sequence[Inputs], seconds: float
+    ) -> dict[str, Timing]:
+        """Every provider that may be timed, and the streams, in turn."""
+        running = {c.provider.name: c for c in candidates if c.runs}
+        laps: dict[str, Lap] = {}
+        calls: dict[str, int] = {}
+        lengths: dict[str, float] = {}
+        for name, candidate in running.items():
+            self.at(name)
+            try:
+                laps[name], calls[name], lengths[name] = _lap(candidate, setting, sets, self.device)
+            except Exception as error:  # capture may be refused, memory may end
+                candidate.fail(error, f"{setting}: ")
+        for name, (run, _) in streams(self.device).items():
+            laps[name], calls[name] = lap_of(run, 1), 1
+            lengths[name] = warm(run, least=0.02)
+        slow = {name for name, length in lengths.items() if length / calls[name] > SLOW}
+        rounds = rounds_for(sum(length for name, length in lengths.items() if name not in slow), seconds)
+        times, failures = interleave(laps, rounds, slow=slow, at=self.at)
+        for name, failure in failures.items():
+            if name not in running:
+                raise failure  # a stream: there is no share without it
+            running[name].fail(failure, f"{setting}: ")
+        found = {}
+        for name, each in times.items():
+            self.at(name)
+            try:
+                extra = _extra(running[name], setting, sets, self.device) if name in running else {}
+            except Exception as error:  # as above
+                running[name].fail(error, f"{setting}: ")
+                continue
+            found[name] = Timing(each, calls[name], extra)
+        return found
 
 
 def prepare(case: Case, provider: Provider, device: torch.device) -> Candidate:
-    """Build and gate one provider. What it raises is its own failure, recorded: the others go on."""
+    """Build and gate one provider."""
     candidate = Candidate(provider)
     if provider.absent is not None:
         return candidate
@@ -96,7 +178,7 @@ def prepare(case: Case, provider: Provider, device: torch.device) -> Candidate:
         candidate.refused = gate.refusal(errors, case.dtype)
         candidate.errors["near"] = gate.measure(case, "near", provider, candidate.step, device)
     except Exception as error:  # a peer that cannot compile or runs out of memory must not end the run
-        candidate.failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        candidate.fail(error)
     return candidate
 
 
@@ -105,59 +187,26 @@ def _sets(case: Case, device: torch.device) -> list[Inputs]:
     return [make_inputs(case, case.regime, device, seed=seed) for seed in range(count)]
 
 
-def _time(
-    found: Sequence[Candidate],
-    case: Case,
-    setting: str,
-    sets: Sequence[Inputs],
-    device: torch.device,
-    seconds: float,
-) -> dict[str, Timing]:
-    """Every provider that may be timed, and the streams, in turn."""
-    laps: dict[str, Lap] = {}
-    calls: dict[str, int] = {}
-    length = 0.0
-    used = sets[:1] if setting == cuda.GRAPH_WARM else sets
-    for candidate in found:
-        if not candidate.runs:
-            continue
-        assert candidate.step is not None
-        name = candidate.provider.name
-        try:
-            laps[name], calls[name], a_lap = _lap(candidate.step, used, setting, device)
-        except Exception as error:  # as in prepare: capture may be refused, memory may end
-            candidate.failed = f"{setting}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            continue
-        length += a_lap
-    for name, (run, _) in streams(device).items():
-        laps[name], calls[name] = lap_of(run, 1), 1
-        length += warm(run, least=0.02)
-    times = interleave(laps, rounds_for(length, seconds))
-    steps = {c.provider.name: c.step for c in found if c.step is not None}
-    return {
-        name: Timing(each, calls[name], _extra(steps[name], used, setting, device) if name in steps else {})
-        for name, each in times.items()
-    }
-
-
-def _lap(step: Step, sets: Sequence[Inputs], setting: str, device: torch.device) -> tuple[Lap, int, float]:
+def _lap(candidate: Candidate, setting: str, sets: Sequence[Inputs], device: torch.device) -> tuple[Lap, int, float]:
     """A warmed provider's lap, its calls, and about how many seconds it takes."""
-    call = one_call(step, sets)
+    assert candidate.step is not None
+    call = one_call(candidate.step, sets)
     if device.type != "cuda":
         each = warm(call)
         calls = calls_for(each)
         return lap_of(call, calls), calls, each * calls
-    each = warm(cuda.synchronized(call))
     if setting == cuda.PLAIN:
-        lap, calls = cuda.plain_lap(step, sets, each)
+        each = warm(cuda.synchronized(call))
+        lap, calls = cuda.plain_lap(call, each)
     else:
-        lap, calls = cuda.graph_lap(step, sets)
-        each = warm(lap, least=0.05) / calls
+        lap, calls = cuda.graph_lap(call, len(sets))
+        each = warm(lap) / calls
     return lap, calls, each * calls
 
 
-def _extra(step: Step, sets: Sequence[Inputs], setting: str, device: torch.device) -> dict[str, float]:
-    call = one_call(step, sets)
+def _extra(candidate: Candidate, setting: str, sets: Sequence[Inputs], device: torch.device) -> dict[str, float]:
+    assert candidate.step is not None
+    call = one_call(candidate.step, sets)
     if device.type == "cuda":
         return {"peak_bytes": cuda.peak_bytes(call)} if setting == cuda.PLAIN else {}
     calls = 3

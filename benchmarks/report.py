@@ -1,15 +1,20 @@
 """`python -m benchmarks.report [DIR]`: all this machine can run, into one results file, and the tables made of them.
 
-On a GPU also the build, the GPU tests and compute-sanitizer, all in under nine minutes.
+On a GPU also the GPU tests and compute-sanitizer, all in under nine minutes. What fails is a line in the results, and
+the rest goes on; the file is written anew after every step, so that a run that is killed leaves what it had.
 """
 
 import argparse
 import importlib.util
 import json
+import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,12 @@ from benchmarks.session import OutOfTime, WorkerFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-GPU_MINUTES = 9.0
-CHECK_SECONDS = {"build": 180, "GPU tests": 150, "memcheck": 45, "racecheck": 45}
+MINUTES = {"cpu": math.inf, "cuda": 8.75}
+SANITIZER_MINUTES = 1.75  # of those, kept for it where it is installed
+CHECK_SECONDS = {"build": 180.0, "GPU tests": 120.0, "small kernels": 60.0, "memcheck": 60.0, "racecheck": 60.0}
+LEAST_SECONDS = 10.0
+"""A check that would have less is left out."""
+SANITIZER, TOOLS = "compute-sanitizer", ("memcheck", "racecheck")
 Check = dict[str, Any]
 
 
@@ -31,16 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("directory", nargs="?", type=Path, default=RESULTS, help="where the results file goes")
     parser.add_argument("--tables", action="store_true", help="measure nothing: only rewrite the tables")
     parser.add_argument("--commit", help="the commit measured, where the checkout has no .git that says so")
+    parser.add_argument("--minutes", type=float, help="end by then, the targets measured first (on a GPU: 8.75)")
     options = parser.parse_args(arguments)
     failed = False
     if not options.tables:
-        results, failed = measure(options.commit)
-        options.directory.mkdir(parents=True, exist_ok=True)
-        path = options.directory / machine.file_name(results)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"wrote {path}")
-        figures = Figures(results["records"])
-        print(tables.summary(figures, figures.cases()), tables.target_table(results), sep="\n\n")
+        failed = measure(options.directory, options.commit, options.minutes)
     rewrite()
     return int(failed)
 
@@ -56,75 +60,108 @@ def rewrite() -> None:
         print(f"{path.relative_to(ROOT)}: " + ("tables rewritten" if done else f"has no {tables.BEGIN}, left alone"))
 
 
-def measure(commit: str | None) -> tuple[dict[str, Any], bool]:
-    """The results, and whether a check or a measurement failed."""
-    begin = time.monotonic()
+def measure(directory: Path, commit: str | None, minutes: float | None) -> bool:
+    """Measure, and write the results file; whether a check or a measurement failed."""
     device = runs.device()
+    ends = time.monotonic() + 60 * (MINUTES[device] if minutes is None else minutes)
     described = machine.describe(device, commit)
-    print(tables.caption(described))
-    done = checks(device)
-    minutes = None
+    path = directory / machine.file_name(described)
+    print(tables.caption(described | {"complete": True}))
+    done = [build()]
     if device == "cuda":
-        left = GPU_MINUTES - (time.monotonic() - begin) / 60
-        minutes = (left - 1.0, left - 0.25)
-    failed = any(not check["passed"] for check in done)
-    with Run(device, full=device == "cpu", minutes=minutes) as run:
-        for case in run.cases:
-            start = time.monotonic()
-            try:
-                records = run.measure(case)
-            except OutOfTime:
-                continue
-            except WorkerFailed as error:
-                print(error, file=sys.stderr)
-                failed = True
-                break
-            failed = failed or _ours_failed(records)
-            print(f"{case.title}: {time.monotonic() - start:.0f} s", flush=True)
-        return run.results(described, done), failed
+        done.append(check("GPU tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu"], ends))
+    last = ends - 60 * SANITIZER_MINUTES if device == "cuda" and shutil.which(SANITIZER) else ends
+    left = (last - time.monotonic()) / 60
+    with Run(device, full=True, minutes=None if left == math.inf else (left - 0.5, left)) as run:
+
+        def save(complete: bool) -> None:
+            directory.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(run.results(described, done, complete=complete), indent=1) + "\n"
+            machine.write(path, text)
+
+        save(False)
+        measure_cases(run, lambda: save(False))
+        if device == "cuda":
+            done += sanitize(ends)
+        save(True)
+    print(f"wrote {path}")
+    results = json.loads(path.read_text())
+    figures = Figures(results["records"])
+    print(tables.summary(figures, figures.cases()), tables.target_table(results), sep="\n\n")
+    return any(not each["passed"] for each in done) or bool(run.failures) or _ours_failed(run.records)
 
 
-def checks(device: str) -> list[Check]:
-    """The build everywhere; on a GPU the GPU tests and compute-sanitizer where there is one."""
-    python = sys.executable
-    done = []
+def measure_cases(run: Run, save: Callable[[], None]) -> None:
+    """All cases of a run; those that cannot be measured are its failures, or left out."""
+    for case in run.cases:
+        start = time.monotonic()
+        try:
+            run.measure(case)
+        except OutOfTime:
+            continue
+        except WorkerFailed as error:
+            print(f"{case.title}: {error}", file=sys.stderr)
+        print(f"{case.title}: {time.monotonic() - start:.0f} s", flush=True)
+        save()
+
+
+def build() -> Check:
+    """The build, where its tools are here without an isolated environment."""
     missing = [name for name in ("cmake", "ninja", "pybind11") if importlib.util.find_spec(name) is None]
     if missing:
-        done.append(_passed("build", f"not built anew: {', '.join(missing)} missing"))
-    else:
-        done.append(_check("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"]))
-    if device != "cuda":
-        return done
-    done.append(_check("GPU tests", [python, "-m", "pytest", "-q", "-m", "gpu", "-x"]))
-    sanitizer = shutil.which("compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        if sanitizer is None:
-            done.append(_passed(tool, "compute-sanitizer is not installed"))
-        else:
-            watched = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.sanitize"]
-            done.append(_check(tool, ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched]))
+        return _outcome("build", f"not built anew: {', '.join(missing)} missing", passed=True)
+    return check("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"])
+
+
+def sanitize(ends: float) -> list[Check]:
+    """The small kernels by themselves, which compiles them, then watched by compute-sanitizer."""
+    program = [sys.executable, "-m", "benchmarks.sanitize"]
+    sanitizer = shutil.which(SANITIZER)
+    if sanitizer is None:
+        return [_outcome(tool, f"{SANITIZER} is not installed", passed=True) for tool in TOOLS]
+    done = [check("small kernels", program, ends)]
+    for tool in TOOLS:
+        watched = [sanitizer, "--tool", tool, "--error-exitcode", "9", *program]
+        done.append(check(tool, ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched], ends))
     return done
 
 
-def _check(name: str, command: list[str]) -> Check:
+def check(name: str, command: list[str], ends: float = math.inf) -> Check:
+    """What came of a command, in its time and before `ends`."""
     start = time.monotonic()
+    limit = min(CHECK_SECONDS[name], ends - start)
+    if limit < LEAST_SECONDS:
+        return _outcome(name, "left out: the run's time was over", passed=True)
     try:
-        answer = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=CHECK_SECONDS[name], check=False
-        )
+        answer = _run(command, limit)
     except subprocess.TimeoutExpired:
-        return _passed(name, f"not done within {CHECK_SECONDS[name]} s") | {"passed": False}
-    seconds = time.monotonic() - start
-    last = (answer.stdout + answer.stderr).strip().splitlines()[-1:] or ["no output"]
+        return _outcome(name, f"not done within {limit:.0f} s", passed=False)
+    except OSError as error:
+        return _outcome(name, f"could not be started: {error}", passed=False)
+    last = answer.stdout.strip().splitlines()[-1:] or ["no output"]
     if answer.returncode:
-        print(answer.stdout, answer.stderr, sep="\n", file=sys.stderr)
-    outcome = f"{'passed' if answer.returncode == 0 else f'failed, status {answer.returncode}'}, {seconds:.0f} s"
+        print(answer.stdout, file=sys.stderr)
+    verdict = "passed" if answer.returncode == 0 else f"failed, status {answer.returncode}"
+    outcome = f"{verdict}, {time.monotonic() - start:.0f} s ({last[0].strip(' =')})"
+    return _outcome(name, outcome, passed=answer.returncode == 0)
+
+
+def _run(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
+    """Run it with its children, none of which outlives `limit` seconds."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def _outcome(name: str, outcome: str, *, passed: bool) -> Check:
     print(f"{name}: {outcome}", flush=True)
-    return {"name": name, "passed": answer.returncode == 0, "outcome": f"{outcome} ({last[0].strip(' =')})"}
-
-
-def _passed(name: str, outcome: str) -> Check:
-    return {"name": name, "passed": True, "outcome": outcome}
+    return {"name": name, "passed": passed, "outcome": outcome}
 
 
 def _ours_failed(records: list[dict[str, Any]]) -> bool:

@@ -8,10 +8,11 @@ import torch
 
 from benchmarks import cases, machine, stream
 from benchmarks.cases import Case
-from benchmarks.session import OutOfTime, Session
+from benchmarks.session import OutOfTime, Session, WorkerFailed
 
 Record = dict[str, Any]
-# A run without --full ends within 15 minutes: no case starts after the first of these, none goes on after the second.
+# A run without --full ends within 15 minutes: no case starts after the first of these, none goes on after the second,
+# and then no test does.
 MINUTES = (10.0, 13.5)
 
 
@@ -30,6 +31,8 @@ class Run:
     """No case starts after the first, none goes on after the second; None: no limit."""
     records: list[Record] = field(default_factory=list)
     out_of_time: list[Case] = field(default_factory=list)
+    failures: dict[Case, WorkerFailed] = field(default_factory=dict)
+    """Cases that could not be measured at all."""
     _by_case: dict[Case, list[Record]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,6 +51,10 @@ class Run:
         """The plan, targets first."""
         return cases.everything(self.device) if self.full else cases.usual(self.device)
 
+    def seconds_left(self) -> float | None:
+        """Until everything is given up; None: no limit."""
+        return None if self._session.ends is None else self._session.ends - time.monotonic()
+
     def autotuned(self, case: Case) -> bool:
         """Whether max-autotune takes part: little changes by it on a CPU, and it costs minutes on a GPU."""
         return self.full or (self.device == "cuda" and case in cases.autotuned())
@@ -56,9 +63,11 @@ class Run:
         return self._session.settings(case)
 
     def measure(self, case: Case) -> list[Record]:
-        """The records of a case, one a setting; OutOfTime where the run's time was over. WorkerFailed."""
+        """The records of a case, one a setting. OutOfTime where the run's time was over; WorkerFailed."""
         if case in self.out_of_time:
             raise OutOfTime
+        if case in self.failures:
+            raise self.failures[case]
         if case not in self._by_case:
             try:
                 if self._last_start is not None and time.monotonic() > self._last_start:
@@ -66,6 +75,9 @@ class Run:
                 self._by_case[case] = self._session.measure(case, autotune=self.autotuned(case))
             except OutOfTime:
                 self.out_of_time.append(case)
+                raise
+            except WorkerFailed as error:
+                self.failures[case] = error
                 raise
             self.records += self._by_case[case]
         return self._by_case[case]
@@ -84,13 +96,21 @@ class Run:
             lines.append(f"for want of time (no case starts after {self.minutes[0]:.3g} minutes): {titles}")
         return lines
 
-    def results(self, described: Record, checks: list[Record]) -> Record:
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that the measuring processes held, all together."""
+        return sum(self._session.peak_bytes.values())
+
+    def results(self, described: Record, checks: list[Record], *, complete: bool) -> Record:
         """What a results file holds; `described` is machine.describe at the start."""
         return {
             **described,
+            "complete": complete,
             "streams_by": stream.by(torch.device(self.device)),
             "gpu_state_at_end": machine.gpu_state() if self.device == "cuda" else None,
+            "peak_bytes": self.peak_bytes,
             "checks": checks,
             "left_out": self.left_out(),
+            "failures": [f"{case.title}: {error}" for case, error in self.failures.items()],
             "records": [{k: v for k, v in record.items() if k != "laps_s"} for record in self.records],
         }

@@ -5,6 +5,7 @@ process; what differs between workers is the environment that glibc's malloc rea
 """
 
 import json
+import math
 import os
 import platform
 import select
@@ -13,17 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from benchmarks import cuda
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT, TUNED = "default malloc", "tuned malloc"
 # No allocation by mmap and no memory given back: freed blocks keep their pages, and no step pays for page faults.
 TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_TOP_PAD_": str(2**26)}
-CASE_SECONDS = 2.0
+CASE_SECONDS = {"cpu": 2.0, "cuda": 1.0}
+# Without a sign of life: compiling for a CPU takes half a minute, max-autotune on a GPU less.
+SILENCE = {"cpu": 300.0, "cuda": 60.0}
 
 
 class OutOfTime(Exception):
@@ -31,7 +35,15 @@ class OutOfTime(Exception):
 
 
 class WorkerFailed(Exception):
-    """A measuring process died or could not measure; the message says how."""
+    """A measuring process could not measure a case; the message says why."""
+
+
+class WorkerDied(WorkerFailed):
+    """It crashed, hung or lost its device, in the turn of the provider `at`."""
+
+    def __init__(self, message: str, at: str) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 class Session:
@@ -41,7 +53,11 @@ class Session:
         """`ends` is the time.monotonic() at which a case still running is given up."""
         self.device = device
         self.ends = ends
+        self.peak_bytes: dict[str, int] = {}
+        """The most memory that each worker has held."""
         self._workers: dict[str, Worker] = {}
+        self._excluded: dict[Objective, dict[str, str]] = {}
+        """Providers that a process died of, and how: they have no further turn at that objective."""
 
     @property
     def environments(self) -> dict[str, dict[str, str]]:
@@ -56,26 +72,45 @@ class Session:
         return cuda.settings(case) if self.device == "cuda" else list(self.environments)
 
     def measure(self, case: Case, *, autotune: bool) -> list[dict[str, Any]]:
-        """The records of measure.measure_case, one a setting, with max-autotune where `autotune`.
+        """The records of measure.Bench.measure, one a setting, with max-autotune where `autotune`.
 
+        A provider that its process dies of is left out, and the case measured again in another process.
         OutOfTime, WorkerFailed.
         """
         records: list[dict[str, Any]] = []
-        for name, environment in self.environments.items():
-            if name not in self._workers:
-                self._workers[name] = Worker(environment, self.device)
+        for name in self.environments:
             request = {
                 "case": case.to_dict(),
                 "device": self.device,
                 "settings": self.settings(case) if self.device == "cuda" else [name],
                 "autotune": autotune,
-                "seconds": CASE_SECONDS,
+                "seconds": CASE_SECONDS[self.device],
             }
-            reply = self._workers[name].ask(request, self.ends)
-            if "error" in reply:
-                raise WorkerFailed(f"{case.id}, {name}: {reply['error']}")
-            records += reply["records"]
+            records += self._ask(name, case, request)
         return records
+
+    def _ask(self, name: str, case: Case, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """The records of one worker, or of those that take its place."""
+        excluded = self._excluded.setdefault(case.objective, {})
+        while True:
+            if name not in self._workers:
+                self._workers[name] = Worker(self.environments[name], self.device)
+            try:
+                reply = self._workers[name].ask(request | {"excluded": excluded}, self.ends, SILENCE[self.device])
+            except WorkerDied as error:
+                self._workers.pop(name).close()
+                if not error.at or error.at in excluded:
+                    raise WorkerFailed(f"{name}: {error}") from None
+                excluded[error.at] = f"in {case.id}: {error}"
+                continue
+            except OutOfTime:
+                self._workers.pop(name).close()
+                raise
+            self.peak_bytes[name] = max(reply["peak_bytes"], self.peak_bytes.get(name, 0))
+            if "error" in reply:
+                raise WorkerFailed(f"{name}: {reply['error']}")
+            records: list[dict[str, Any]] = reply["records"]
+            return records
 
     def close(self) -> None:
         """End every worker."""
@@ -86,13 +121,15 @@ class Session:
 class Worker:
     """One `python -m benchmarks.worker`, in a process group of its own: torch.compile has children."""
 
-    def __init__(self, environment: dict[str, str], device: str) -> None:
+    def __init__(
+        self, environment: dict[str, str], device: str, program: Sequence[str] = ("-m", "benchmarks.worker")
+    ) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
         if device == "cpu":
             kept.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of processes would run beside the clock
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the worker
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
+            [sys.executable, *program],
             bufsize=0,  # nothing left to write when a dead worker's pipe is closed
             cwd=ROOT,
             env=kept | environment,
@@ -101,19 +138,25 @@ class Worker:
             stderr=self._log,
             start_new_session=True,
         )
+        self._read = b""
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, request: dict[str, Any], ends: float | None) -> dict[str, Any]:
-        """Its reply."""
+    def ask(self, request: dict[str, Any], ends: float | None, silence: float) -> dict[str, Any]:
+        """Its reply. OutOfTime at the time.monotonic() `ends`; WorkerDied, also where it is silent for so long."""
         assert self._process.stdin is not None
+        at = ""
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
-            raise WorkerFailed(self._death()) from None
-        reply: dict[str, Any] = json.loads(self._line(ends))
+            while "at" in (message := json.loads(self._line(ends, silence))):
+                at = message["at"]
+        except (BrokenPipeError, EOFError):
+            raise WorkerDied(self._death(), at) from None
+        except TimeoutError:
+            raise WorkerDied(f"a measuring process hung: no sign of it for {silence:.0f} s", at) from None
+        reply: dict[str, Any] = message
         return reply
 
     def close(self) -> None:
@@ -125,22 +168,24 @@ class Worker:
             if pipe is not None:
                 pipe.close()
 
-    def _line(self, ends: float | None) -> bytes:
+    def _line(self, ends: float | None, silence: float) -> bytes:
+        """What it says next. OutOfTime; TimeoutError, EOFError."""
         assert self._process.stdout is not None
         source = self._process.stdout.fileno()
-        read = bytearray()
-        while not read.endswith(b"\n"):
-            left = None if ends is None else max(0.0, ends - time.monotonic())
-            if not select.select([source], [], [], left)[0]:
-                raise OutOfTime
+        while b"\n" not in self._read:
+            left = math.inf if ends is None else max(0.0, ends - time.monotonic())
+            if not select.select([source], [], [], min(left, silence))[0]:
+                raise OutOfTime if left <= silence else TimeoutError
             chunk = os.read(source, 1 << 16)
             if not chunk:
-                raise WorkerFailed(self._death())
-            read += chunk
-        return bytes(read)
+                raise EOFError
+            self._read += chunk
+        line, _, self._read = self._read.partition(b"\n")
+        return line
 
     def _death(self) -> str:
+        """How it ended: its status, and the last line that it wrote."""
         self._process.wait()
         self._log.seek(0)
-        tail = self._log.read().decode(errors="replace").strip().splitlines()[-15:]
-        return "\n".join([f"a measuring process ended with status {self._process.returncode}", *tail])
+        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
+        return ": ".join([f"a measuring process ended with status {self._process.returncode}", *last])

@@ -8,10 +8,9 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.cases import TITLE, Case, targets
 from benchmarks.figures import PEERS, Figures, Record, best, gb_s, milliseconds, ours, ratio, share
-from benchmarks.targets import targets as judged
+from benchmarks.targets import NOT_MEASURED, judge
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-NOT_MEASURED = "not measured yet"
 Results = dict[str, Any]
 STREAMS = ("copy", "2R1W")
 
@@ -67,6 +66,8 @@ def caption(results: Results) -> str:
     packages = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     threads = f"{hardware['threads']} threads, {hardware['vector']}, L3 {hardware['l3']}, {hardware['libc']}"
     lines = [f"{machine.name(results)} ({threads}); {packages}; {commit}{modified}; {results['date']}."]
+    if not results["complete"]:
+        lines.append("The run was cut short.")
     if results["load_at_start"] > machine.BUSY:
         lines.append(f"Preliminary: the machine was busy (load {results['load_at_start']:.1f} at the start).")
     return " ".join(lines)
@@ -99,21 +100,7 @@ def summary(figures: Figures, cases: Sequence[Case]) -> str:
 
 def target_table(results: Results) -> str:
     """Every target of the device: asked, goal, measured."""
-    figures = Figures(results["records"])
-    rows = []
-    for target in judged(results["device"]):
-        value = target.quantity(figures)
-        bound = f">= {target.at_least:.3g}" if target.at_least is not None else f"<= {target.at_most:.3g}"
-        rows.append(
-            [
-                target.what,
-                bound + target.unit,
-                "" if target.goal is None else f"{target.goal:.3g}{target.unit}",
-                NOT_MEASURED if value is None else f"{value:.3g}{target.unit}",
-                "" if value is None else ("yes" if target.met(value) else "no"),
-            ]
-        )
-    return _table(["", "asked", "goal", "measured", "met"], rows)
+    return _table(["", "asked", "goal", "measured", "met"], [verdict.cells for verdict in judge(results)])
 
 
 def case_table(figures: Figures, case: Case) -> str:
@@ -176,6 +163,8 @@ def _page(results: Results, title: str) -> str:
         parts.append(f"<details><summary>{case.title}</summary>\n\n{case_table(figures, case)}\n\n</details>")
     if results["checks"]:
         parts += ["#### Checks", *(f"- {check['name']}: {check['outcome']}" for check in results["checks"])]
+    if results["failures"]:
+        parts += ["#### Failed", "\n".join(f"- {line}" for line in results["failures"])]
     if results["left_out"]:
         parts += ["#### Left out", "\n".join(f"- {line}" for line in results["left_out"])]
     return "\n\n".join(parts)

@@ -1,7 +1,14 @@
-"""What the kernels are held to, judged by a run's figures."""
+"""What the kernels are held to, judged by a run's figures.
 
+`python -m benchmarks.targets FILE` judges a results file; its status is 1 where a target was missed or not measured.
+"""
+
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from benchmarks import cuda
 from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape
@@ -9,6 +16,7 @@ from benchmarks.figures import PEERS, Figures, ours, ratio, share
 from benchmarks.session import DEFAULT, TUNED
 
 Quantity = Callable[[Figures], float | None]
+NOT_MEASURED = "not measured yet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,33 @@ class Target:
         return value <= self.at_most
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A target and what a run measured, None where it did not."""
+
+    target: Target
+    value: float | None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.value is None else self.target.met(self.value)
+
+    @property
+    def cells(self) -> list[str]:
+        """What, the bound, the goal, the figure, yes or no."""
+        target, unit = self.target, self.target.unit
+        bound = f">= {target.at_least:.3g}" if target.at_least is not None else f"<= {target.at_most:.3g}"
+        goal = "" if target.goal is None else f"{target.goal:.3g}{unit}"
+        found = NOT_MEASURED if self.value is None else f"{self.value:.3g}{unit}"
+        return [target.what, bound + unit, goal, found, {None: "", True: "yes", False: "no"}[self.met]]
+
+
+def judge(results: dict[str, Any]) -> list[Verdict]:
+    """Every target of the device that the results are of."""
+    figures = Figures(results["records"])
+    return [Verdict(target, target.quantity(figures)) for target in targets(results["device"])]
+
+
 def targets(device: str) -> list[Target]:
     """Those of "cpu" or "cuda"."""
     return _cpu() if device == "cpu" else _gpu()
@@ -46,8 +81,9 @@ def _cpu() -> list[Target]:
         found += [_against(kd, each, ("eager",), "the fastest eager form", 1.4, 1.6) for each in (TUNED, DEFAULT)]
     bounds: tuple[tuple[Objective, float, float | None], ...] = (("cwtm", 3.0, None), ("dkpp", 20.0, 40.0))
     for objective, at_least, hoped in bounds:
-        case = _case(objective, LARGE, "fp32")
-        found += [_against(case, each, PEERS, "the best other", at_least, hoped) for each in (TUNED, DEFAULT)]
+        for regime in regimes:
+            case = _case(objective, LARGE, "fp32", regime)
+            found += [_against(case, each, PEERS, "the best other", at_least, hoped) for each in (TUNED, DEFAULT)]
     found += [_to_kd(_case("dkpp", LARGE, "fp32"), setting, 4.0) for setting in (TUNED, DEFAULT)]
     return found
 
@@ -122,3 +158,19 @@ def _to_kd(case: Case, setting: str, most: float) -> Target:
 
 def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:
     return Case(objective=objective, rows=shape[0], classes=shape[1], dtype=dtype, regime=regime)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        print("usage: python -m benchmarks.targets RESULTS_FILE", file=sys.stderr)
+        return 2
+    verdicts = judge(json.loads(Path(arguments[0]).read_text()))
+    for verdict in verdicts:
+        what, bound, goal, found, met = verdict.cells
+        hoped = f", goal {goal}" if goal else ""
+        print(f"{met or '-':>3}  {what}: {found} (asked {bound}{hoped})")
+    return int(not all(verdict.met for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.cases import Case
 from benchmarks.run import Run
-from benchmarks.session import OutOfTime
+from benchmarks.session import OutOfTime, WorkerFailed
 
 
 class Replay:
@@ -40,6 +40,8 @@ def test_forward_and_backward(benchmark: Any, run: Run, case: Case, setting: str
         record = next(record for record in run.measure(case) if record["setting"] == setting)
     except OutOfTime:
         pytest.skip("left out: the run's time was over")
+    except WorkerFailed as error:
+        pytest.fail(str(error), pytrace=False)
     entry = record["providers"][provider]
     if entry["absent"] is not None:
         pytest.skip(f"absent: {entry['absent']}")

@@ -1,12 +1,14 @@
 """A process that measures: `python -m benchmarks.worker`, started by session.py once for each allocator's settings.
 
-It reads requests from standard input and answers on standard output, one line of JSON each. Whatever else is printed
-goes to standard error. When its input ends it does too, in the middle of a case if need be: its session is gone.
+It reads requests from standard input and answers on standard output, one line of JSON each; before a reply come lines
+that say whose turn it is. Whatever else is printed goes to standard error. When its input ends it does too, in the
+middle of a case if need be: its session is gone.
 """
 
 import json
 import os
 import queue
+import resource
 import sys
 import threading
 import traceback
@@ -15,17 +17,22 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case
+from benchmarks.cuda import Lost
 from benchmarks.inputs import TORCH_DTYPE
-from benchmarks.measure import measure_case
+from benchmarks.measure import Bench
 from benchmarks.providers import automatic, providers
 
+MOST_BYTES = 6 * 10**9
+"""Of memory on a CPU: two processes stay within 12 GB, and what asks for more fails, as its provider's own failure."""
 
-def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+
+def answer(bench: Bench, request: dict[str, Any]) -> list[dict[str, Any]]:
     """The records of the case that a request names."""
     case = Case(**request["case"])
-    device = torch.device(request["device"])
     candidates = providers(case.objective, case.dtype, request["device"], autotune=request["autotune"])
-    records = measure_case(case, candidates, device, request["settings"], seconds=request["seconds"])
+    records = bench.measure(
+        case, candidates, request["settings"], seconds=request["seconds"], excluded=request["excluded"]
+    )
     ours = automatic(case.objective, request["device"], TORCH_DTYPE[case.dtype], (case.rows, case.classes))
     return [record | {"automatic": ours} for record in records]
 
@@ -41,13 +48,25 @@ def main() -> None:
     os.dup2(2, 1)
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=replies, flush=True)
+
+    benches: dict[str, Bench] = {}
     while True:
-        line = requests.get()
+        request = json.loads(requests.get())
+        device = request["device"]
+        if device not in benches:
+            if device == "cpu":
+                resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+            benches[device] = Bench(torch.device(device), lambda name: say({"at": name}))
         try:
-            reply: dict[str, Any] = {"records": answer(json.loads(line))}
+            reply: dict[str, Any] = {"records": answer(benches[device], request)}
+        except Lost:
+            raise  # and end: the session starts another process, and leaves out whose turn it was
         except Exception:
             reply = {"error": traceback.format_exc()}
-        print(json.dumps(reply), file=replies, flush=True)
+        say(reply | {"peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss})
 
 
 if __name__ == "__main__":

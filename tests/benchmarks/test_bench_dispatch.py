@@ -93,8 +93,8 @@ def test_rounds_that_do_not_agree_are_repeated(
 ) -> None:
     remaining = iter(native)
 
-    def interleave(turns: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-        return {"reference": [1.0] * rounds, "native": [next(remaining) for _ in range(rounds)]}
+    def interleave(turns: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+        return {"reference": [1.0] * rounds, "native": [next(remaining) for _ in range(rounds)]}, {}
 
     monkeypatch.setattr(measured, "interleave", interleave)
     monkeypatch.setattr(measured, "rounds_for", lambda length, seconds: 5)

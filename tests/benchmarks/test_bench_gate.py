@@ -178,14 +178,21 @@ def test_only_those_that_pass_get_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
         provider_of(raising, "raising"),
         replace(provider_of(raising, "absent"), absent="not installed"),
     ]
-    (record,) = measure.measure_case(case, candidates, CPU, [DEFAULT], seconds=0.0)
+    turns: list[str] = []
+    bench = measure.Bench(CPU, turns.append)
+    excluded = {"excluded": "hung in another process"}
+    candidates.append(replace(provider_of(raising, "excluded")))
+    (record,) = bench.measure(case, candidates, [DEFAULT], seconds=0.0, excluded=excluded)
     entries = record["providers"]
     assert list(entries) == [candidate.name for candidate in candidates]
     for name, entry in entries.items():
-        assert (entry["time"] is None) == (name in ("wrong", "raising", "absent")), name
+        assert (entry["time"] is None) == (name in ("wrong", "raising", "absent", "excluded")), name
     assert "gradient" in entries["wrong"]["refused"]
     assert entries["raising"]["failed"] == "RuntimeError: no kernel for this"
     assert entries["absent"]["absent"] == "not installed"
+    assert entries["excluded"]["failed"] == "hung in another process"
+    assert "excluded" not in turns
+    assert {"", "raising", "ban_fast reference", "copy"} <= set(turns)
     ours = entries["ban_fast reference"]
     assert ours["time"]["rounds"] == len(record["laps_s"]["ban_fast reference"]) == 3
     assert ours["time"]["p20_ms"] <= ours["time"]["ms"] <= ours["time"]["p80_ms"]

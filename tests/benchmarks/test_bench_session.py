@@ -14,20 +14,23 @@ CASE = Case(objective="kd", rows=2, classes=3, dtype="fp32")
 
 
 def request(**changes: object) -> dict[str, object]:
-    base = {"case": CASE.to_dict(), "device": "cpu", "settings": [], "autotune": False, "seconds": 0.0}
+    base = {"case": CASE.to_dict(), "device": "cpu", "settings": [], "autotune": False}
+    base |= {"seconds": 0.0, "excluded": {}}
     return base | changes
 
 
 def test_a_worker_answers_fails_and_is_given_up() -> None:
     worker = Worker(TUNING, "cpu")
     try:
-        refused = worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None)
+        refused = worker.ask(
+            request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None, 60.0
+        )
         assert "KeyError" in refused["error"]
         environment = Path(f"/proc/{worker.pid}/environ")
         if environment.exists():
             assert b"MALLOC_MMAP_MAX_=0" in environment.read_bytes().split(b"\0")
         with pytest.raises(OutOfTime):
-            worker.ask(request(), time.monotonic())
+            worker.ask(request(), time.monotonic(), 60.0)
     finally:
         worker.close()
     with pytest.raises(ProcessLookupError):
@@ -37,7 +40,7 @@ def test_a_worker_answers_fails_and_is_given_up() -> None:
 def test_a_worker_ends_with_its_session() -> None:
     """A session that is killed closes nothing: the end of its pipe must do."""
     worker = Worker({}, "cpu")
-    worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None)
+    worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None, 60.0)
     assert worker._process.stdin is not None
     worker._process.stdin.close()
     assert worker._process.wait(timeout=60) == 0
@@ -49,7 +52,7 @@ def test_a_worker_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     worker = Worker({}, "cpu")
     try:
         with pytest.raises(WorkerFailed, match="ended with status"):
-            worker.ask(request(), None)
+            worker.ask(request(), None, 60.0)
     finally:
         worker.close()
 

@@ -2,58 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bench_records import record, results
 
 from benchmarks import cuda, machine, tables, targets
 from benchmarks.figures import Figures, best, gb_s, ours, ratio, share
-from benchmarks.session import DEFAULT, TUNED
+from benchmarks.session import DEFAULT
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def entry(kind: str, ms: float | None, **others: Any) -> dict[str, Any]:
-    time = None if ms is None else {"ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms, "rounds": 7, "calls": 1}
-    base = {"kind": kind, "absent": None, "refused": None, "failed": None, "first_call_s": 0.5, "time": time}
-    return base | {"gate": {"random": {"loss": 1e-7, "gradient": 2e-7}, "near": None}} | others
-
-
-def record(setting: str = TUNED, ms: float = 4.0, objective: str = "kd", **others: Any) -> dict[str, Any]:
-    return {
-        "case": {"objective": objective, "rows": 1120, "classes": 10000, "dtype": "fp32", "regime": "random"},
-        "setting": setting,
-        "bytes": 134_400_000,
-        "sets": 3,
-        "automatic": "ban_fast native",
-        "streams_gb_s": {"copy": 60.0, "2R1W": 67.2},
-        "providers": {
-            "ban_fast reference": entry("ban_fast", 200.0),
-            "ban_fast native": entry("ban_fast", ms),
-            "eager kl_div": entry("eager", 30.0),
-            "eager soft-CE": entry("eager", 14.0),
-            "compile kl_div": entry("compile", 10.0),
-            "compile soft-CE": entry("compile", None, refused="gradient off by 1e-01 at random logits"),
-            "Liger KLDIV": entry("liger", None, absent="liger-kernel is not installed", gate={}),
-        },
-        **others,
-    }
-
-
-def results(device: str = "cpu", date: str = "2025-01-02", **others: Any) -> dict[str, Any]:
-    hardware = {"cpu": "Model X", "cores": 2, "threads": 2, "vector": "AVX512", "l3": "32M", "libc": "glibc 2.36"}
-    return {
-        "device": device,
-        "machine": hardware | ({"gpu": {"name": "Card Y"}} if device == "cuda" else {}),
-        "versions": {"torch": "9.9", "triton": None},
-        "source": {"commit": "0123456789abcdef", "dirty": False},
-        "date": date,
-        "load_at_start": 0.1,
-        "checks": [],
-        "left_out": [],
-        "records": [record()],
-        **others,
-    }
 
 
 def test_figures() -> None:
@@ -109,6 +66,36 @@ def test_targets_are_judged() -> None:
     assert tables.NOT_MEASURED in text
 
 
+def test_a_results_file_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results(records=[record(), record(DEFAULT)])))
+    assert targets.main([str(file)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(targets.targets("cpu"))
+    tuned = "KD [1120, 10000] fp32, random logits, tuned malloc: against the best torch.compile"
+    assert f"yes  {tuned}: 2.5x (asked >= 2.5x, goal 3.5x)" in lines
+    assert f" no  {tuned.replace('tuned', 'default')}: 2.5x (asked >= 5x, goal 9x)" in lines
+    assert f"  -  {tuned.replace('random', 'near')}: not measured yet (asked >= 2.5x, goal 3.5x)" in lines
+    assert targets.main([]) == 2
+
+
+def test_all_targets_met_is_status_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results()))
+    found = targets.targets("cpu")
+    monkeypatch.setattr(
+        targets, "targets", lambda device: [each for each in found if "random logits, tuned" in each.what][:1]
+    )
+    assert targets.main([str(file)]) == 0
+
+
+def test_near_logits_are_judged_like_random_ones() -> None:
+    asked = [target.what for target in targets.targets("cpu") if "against" in target.what]
+    near = [what for what in asked if "near logits" in what]
+    assert [what.replace("near", "random") for what in near] == [what for what in asked if "random logits" in what]
+    assert {what.split(" [")[0] for what in near} == {"KD", "CWTM", "DKPP"}
+
+
 def test_every_target_has_one_bound() -> None:
     for device in ("cpu", "cuda"):
         for target in targets.targets(device):
@@ -129,6 +116,8 @@ def test_a_caption_names_machine_versions_commit_and_what_was_amiss() -> None:
     assert "triton" not in quiet
     assert "modif" not in quiet
     assert "Preliminary" not in quiet
+    assert "cut short" not in quiet
+    assert "cut short" in tables.caption(results(complete=False))
     busy = tables.caption(results(load_at_start=3.0, source={"commit": "0123456789abcdef", "dirty": True}))
     assert "with modifications" in busy
     assert "Preliminary" in busy

@@ -7,6 +7,7 @@ and m, the largest log c. `batch_total` puts them together.
 import triton
 import triton.language as tl
 
+from ban_fast.backends.triton import config
 from ban_fast.backends.triton.row_math import LOG2_E, divide, exp, number
 from ban_fast.backends.triton.rows import load_logits, max_and_sum, select_rows
 
@@ -53,7 +54,7 @@ def batch_total(totals, programs, LOG: tl.constexpr, BLOCK: tl.constexpr, ACC: t
     return (top + tl.log(value) if LOG else value), top
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def given_confidences_kernel(
     confidence,  # [M]
     labels,  # [R]
@@ -76,7 +77,7 @@ def given_confidences_kernel(
     tl.store(totals + tl.num_programs(0) + program, largest)
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def teacher_confidences_kernel(
     teacher,  # [M, C]
     labels,  # [R]

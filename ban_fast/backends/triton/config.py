@@ -5,6 +5,21 @@
 
 from typing import Any, NamedTuple
 
+JIT: dict[str, Any] = {
+    "do_not_specialize": [
+        *("num_rows", "num_teacher_rows", "num_classes", "num_counts", "num_totals", "programs", "row_length"),
+        *("student_row", "student_col", "teacher_row", "teacher_col", "ignore_index"),
+        *("temperature", "inverse", "exp_scale", "kd_scale", "kd_slope", "kd_weight", "label_weight"),
+        *("prefix_0", "prefix_1", "feistel_a", "feistel_b", "reciprocal"),
+    ],
+    "do_not_specialize_on_alignment": [
+        *("labels", "teacher_rows", "sample_ids", "step", "argmax", "confidence", "normalizer", "grad_output"),
+        *("loss", "kd", "label", "grad_scale", "partials", "counter", "counts", "totals"),
+    ],
+}
+"""Of every kernel: arguments that it is not compiled anew for, when they happen to be 1 or divisible by 16. What matters of
+those kernels are told as ALIGN. A step, as part of DKPP's key, would otherwise compile four times in a training run."""
+
 MAX_PROGRAMS = 4096
 """Programs of a launch; each takes rows in turn. The last one adds up what all have left, so they are bounded."""
 TOTAL_PROGRAMS = 128

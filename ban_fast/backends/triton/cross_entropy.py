@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ban_fast.backends.triton import config
 from ban_fast.backends.triton.confidence import batch_total, given_confidences
 from ban_fast.backends.triton.parts import largest, load_parts, total
 from ban_fast.backends.triton.row_math import divide, exp, label_term, number
@@ -70,7 +71,7 @@ def _row(
     return ce
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def cross_entropy_kernel(
     student,  # [R, C]
     labels,  # [R]
@@ -83,7 +84,7 @@ def cross_entropy_kernel(
     loss,  # 0-d; so kd and label
     kd,
     label,
-    partials,  # [2, programs]
+    partials,  # [2, programs] and the divisor, 1
     counter,  # 0-d int32, 0 between launches; None: another launch reduces
     num_rows: tl.int32,
     num_teacher_rows: tl.int64,
@@ -160,9 +161,11 @@ def cross_entropy_kernel(
             )
         label_total += settled(tl.where(weight == 0.0, 0.0, weight * ce), kept, sound)
 
+    if program == 0:
+        tl.store(partials + 2 * tl.num_programs(0), number(1.0, ACC))
     tl.store(partials + program, number(0.0, ACC))
     tl.store(partials + tl.num_programs(0) + program, tl.sum(tl.sum(label_total, axis=1), axis=0))
     if counter is not None:
         if is_last_program(counter):
             one = number(1.0, ACC)
-            store_reduced(partials, loss, kd, label, tl.num_programs(0), one, one, one, False, True, TOTAL_BLOCK, ACC)
+            store_reduced(partials, loss, kd, label, tl.num_programs(0), one, one, False, True, TOTAL_BLOCK, ACC)

@@ -15,7 +15,6 @@ from ban_fast.backends.interface import LossOutput, WeightBy
 from ban_fast.backends.triton import config, launch
 from ban_fast.backends.triton.confidence import given_confidences_kernel, teacher_confidences_kernel
 from ban_fast.backends.triton.cross_entropy import cross_entropy_kernel
-from ban_fast.backends.triton.rows import SUM
 from ban_fast.backends.triton.totals import reduce_kernel
 
 
@@ -77,7 +76,7 @@ def _launch(
     num_rows, num_classes = student.shape
     torch_acc, acc = launch.arithmetic(student)
     programs = plan.programs(num_rows, launch.multiprocessors(student.device))
-    partials = torch.empty(2 * programs, dtype=torch_acc, device=student.device)
+    partials = torch.empty(2 * programs + 1, dtype=torch_acc, device=student.device)
     counter = launch.counter(student.device)
     # What the launch has in common with the one that may have to follow it:
     shared = {
@@ -85,8 +84,6 @@ def _launch(
         "kd": output.kd,
         "label": output.label,
         "partials": partials,
-        "num_rows": num_rows,
-        "ignore_index": ignore_index,
         "TOTAL_BLOCK": plan.total_block,
         "ACC": acc,
     }
@@ -101,6 +98,8 @@ def _launch(
         grad=output.grad,
         grad_scale=output.grad_scale,
         counter=counter,
+        num_rows=num_rows,
+        ignore_index=ignore_index,
         num_teacher_rows=num_teacher_rows,
         num_classes=num_classes,
         num_totals=0 if totals is None else totals.numel() // 2,
@@ -121,13 +120,8 @@ def _launch(
     )
     if counter is None:
         reduce_kernel[(1,)](
-            labels=None,
-            counts=None,
             programs=programs,
-            num_counts=0,
-            kd_weight=1.0,
-            label_weight=1.0,
-            REDUCTION=SUM.value,
+            **launch.bits(torch_acc == torch.float64, kd_weight=1.0, label_weight=1.0),
             WITH_KD=False,
             WITH_LABEL=True,
             num_warps=plan.warps,

@@ -7,11 +7,12 @@ A program takes every `programs`-th tile of ROWS rows: on the chip (`distill_til
 import triton
 import triton.language as tl
 
+from ban_fast.backends.triton import config
 from ban_fast.backends.triton.distill_online import distill_row
 from ban_fast.backends.triton.distill_tile import distill_tile
 from ban_fast.backends.triton.permute import NONE, row_key
 from ban_fast.backends.triton.permuted_rows import ranked_classes, write_permuted
-from ban_fast.backends.triton.row_math import divide, number
+from ban_fast.backends.triton.row_math import divide, from_bits, number
 from ban_fast.backends.triton.rows import (
     UNREDUCED,
     half_scale,
@@ -24,7 +25,7 @@ from ban_fast.backends.triton.rows import (
 )
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def distill_kernel(
     student,  # [R, C]
     teacher,  # [M, C]
@@ -37,7 +38,7 @@ def distill_kernel(
     loss,  # 0-d, or [R] unreduced; so kd and label
     kd,
     label,
-    partials,  # [2, programs], or None unreduced
+    partials,  # [2, programs] and the divisor, or None unreduced
     counter,  # 0-d int32, 0 between launches; None: another launch reduces
     counts,  # [num_counts] partial counts of the rows kept, or None: they are counted here
     tables,  # [programs, ROWS, ROUNDS, TABLE] uint8 or int32, or None
@@ -52,13 +53,13 @@ def distill_kernel(
     teacher_row: tl.int64,
     teacher_col: tl.int64,
     ignore_index: tl.int64,
-    temperature: tl.float64,
-    inverse: tl.float64,  # 1 / T
-    exp_scale: tl.float64,  # log2(e) / T
-    kd_scale: tl.float64,  # of the KD term: T^2 or 1
-    kd_slope: tl.float64,  # of q - p in the gradient
-    kd_weight: tl.float64,
-    label_weight: tl.float64,
+    temperature: tl.int64,
+    inverse: tl.int64,  # 1 / T
+    exp_scale: tl.int64,  # log2(e) / T
+    kd_scale: tl.int64,  # of the KD term: T^2 or 1
+    kd_slope: tl.int64,  # of q - p in the gradient
+    kd_weight: tl.int64,
+    label_weight: tl.int64,
     prefix_0: tl.int32,
     prefix_1: tl.int32,
     feistel_a: tl.int32,
@@ -88,9 +89,9 @@ def distill_kernel(
     classes = (num_classes // ALIGN) * ALIGN
     student_row = (student_row // ALIGN) * ALIGN
     teacher_row = (teacher_row // ALIGN) * ALIGN
-    heat = (number(temperature, ACC), number(inverse, ACC), number(exp_scale, ACC))
-    weight_kd = number(kd_weight, ACC)
-    weight_label = number(label_weight, ACC)
+    heat = (from_bits(temperature, ACC), from_bits(inverse, ACC), from_bits(exp_scale, ACC))
+    weight_kd = from_bits(kd_weight, ACC)
+    weight_label = from_bits(label_weight, ACC)
     slots = program * ROWS + tl.arange(0, ROWS)[:, None]
     if tables is not None:
         tables += slots * (ROUNDS * TABLE)
@@ -101,7 +102,7 @@ def distill_kernel(
 
     count = kept_count(labels, counts, num_counts, num_rows, ignore_index, REDUCTION, TOTAL_BLOCK, ACC)
     each = divide(number(1.0, ACC), count, ACC)
-    slope_kd = number(kd_slope, ACC) * each
+    slope_kd = from_bits(kd_slope, ACC) * each
     slope_label = weight_label * each
     if grad_scale is not None:
         up, down = half_scale(slope_kd + slope_label)
@@ -110,9 +111,15 @@ def distill_kernel(
         if program == 0:
             tl.store(grad_scale, down)
 
+    if REDUCTION != UNREDUCED:
+        if program == 0:
+            tl.store(partials + 2 * tl.num_programs(0), count)
     kd_total = tl.zeros([ROWS, 1], ACC)
     label_total = tl.zeros([ROWS, 1], ACC)
-    for tile in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=1 if ONLINE else STAGES):
+    # What does not change from row to row is worked out anew: kept, it would push the rows themselves out of registers.
+    for tile in tl.range(
+        program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=1 if ONLINE else STAGES, disable_licm=True
+    ):
         rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
         kept, readable, sound, y, source = select_rows(
             rows, labels, teacher_rows, num_rows, num_teacher_rows, num_classes, ignore_index
@@ -154,7 +161,7 @@ def distill_kernel(
                 heat, slope_kd, slope_label,
                 ACC, ROWS, BLOCK, PARTS, CONTIGUOUS, ENTROPY, WITH_KD, WITH_LABEL, T_KIND, SHORT,
             )  # fmt: skip
-        kd_value = settled(kd_value * number(kd_scale, ACC), kept, sound)
+        kd_value = settled(kd_value * from_bits(kd_scale, ACC), kept, sound)
         label_value = settled(label_value, kept, sound) if labels is not None else tl.zeros([ROWS, 1], ACC)
         if REDUCTION == UNREDUCED:
             value = weighted(kd_value, label_value, weight_kd, weight_label, WITH_KD, WITH_LABEL)
@@ -170,6 +177,6 @@ def distill_kernel(
         if counter is not None:
             if is_last_program(counter):
                 store_reduced(
-                    partials, loss, kd, label, tl.num_programs(0), count, weight_kd, weight_label,
+                    partials, loss, kd, label, tl.num_programs(0), weight_kd, weight_label,
                     WITH_KD, WITH_LABEL, TOTAL_BLOCK, ACC,
                 )  # fmt: skip

@@ -61,7 +61,6 @@ def _launch(
     labels = launch.dense(labels)
     num_rows, num_classes = student.shape
     torch_acc, acc = launch.arithmetic(student)
-    double = torch_acc == torch.float64
     align = launch.alignment(num_classes, student, teacher)
     double = torch_acc == torch.float64
     plan = config.distill_plan(num_classes, aligned=align >= 4, double=double, permuted=permutation is not None)
@@ -73,7 +72,7 @@ def _launch(
     counts = None
     if o.reduction == "mean" and labels is not None and num_rows > plan.counted_below:
         counts = count(labels, o.ignore_index, torch_acc)
-    partials = torch.empty(2 * programs, dtype=torch_acc, device=device) if reduced else None
+    partials = torch.empty(2 * programs + 1, dtype=torch_acc, device=device) if reduced else None
     counter = launch.counter(device) if reduced else None
     # What the launch has in common with the one that may have to follow it:
     shared = {
@@ -81,34 +80,30 @@ def _launch(
         "kd": output.kd,
         "label": output.label,
         "partials": partials,
-        "labels": labels,
-        "counts": counts,
-        "num_counts": 0 if counts is None else counts.numel(),
-        "num_rows": num_rows,
-        "ignore_index": o.ignore_index,
-        "kd_weight": o.kd_weight,
-        "label_weight": o.label_weight,
+        **launch.bits(double, kd_weight=o.kd_weight, label_weight=o.label_weight),
         "WITH_KD": o.kd_weight != 0,
         "WITH_LABEL": o.label_weight != 0 and labels is not None,
-        "REDUCTION": _REDUCTIONS[o.reduction],
         "TOTAL_BLOCK": plan.total_block,
         "ACC": acc,
     }
     distill_kernel[(programs,)](
         student=student,
         teacher=teacher,
+        labels=labels,
         teacher_rows=launch.dense(teacher_rows),
         grad=output.grad,
         grad_scale=output.grad_scale,
         counter=counter,
+        counts=counts,
+        num_counts=0 if counts is None else counts.numel(),
+        num_rows=num_rows,
+        ignore_index=o.ignore_index,
         num_teacher_rows=teacher.shape[0],
         num_classes=num_classes,
         student_row=student.stride(0),
         student_col=student.stride(1),
         teacher_row=teacher.stride(0),
         teacher_col=teacher.stride(1),
-        kd_scale=o.temperature**2 if o.scale_t2 else 1.0,
-        kd_slope=o.kd_weight * (o.temperature if o.scale_t2 else 1 / o.temperature),
         ONLINE=plan.online,
         ROWS=plan.rows,
         BLOCK=plan.block,
@@ -116,10 +111,16 @@ def _launch(
         STAGES=plan.stages,
         ALIGN=align,
         CONTIGUOUS=launch.contiguous(student, teacher),
+        REDUCTION=_REDUCTIONS[o.reduction],
         ENTROPY=o.divergence == "ce",
         SHORT=launch.half_bits(student, teacher),
         **shared,
-        **launch.heat(o.temperature),
+        **launch.heat(o.temperature, double),
+        **launch.bits(
+            double,
+            kd_scale=o.temperature**2 if o.scale_t2 else 1.0,
+            kd_slope=o.kd_weight * (o.temperature if o.scale_t2 else 1 / o.temperature),
+        ),
         **permute.arguments(permutation, num_classes, programs * plan.rows, device, tables=not in_registers),
         scratch=scratch,
         **plan.options(double=double),

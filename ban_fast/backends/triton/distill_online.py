@@ -3,12 +3,13 @@
 A program takes a row in blocks of BLOCK lanes. The first reading is online: whenever a block raises the teacher's maximum,
 the differences are measured anew from its largest class and centred on its mean, and what was added up is rebased. With
 delta the change of every x_i, A = sum_i e^(t_i - m) expm1(x_i) becomes e^delta A + expm1(delta) S, S = sum_i e^(t_i - m),
-and both are rescaled to the new maximum. Rows that need log-sum-exp are read once more in between.
+and both are rescaled to the new maximum.
 """
 
 import triton
 import triton.language as tl
 
+from ban_fast.backends.triton.distill_far import far_rows, store_gradient
 from ban_fast.backends.triton.row_math import (
     FAR_ABOVE,
     LARGEST,
@@ -20,7 +21,6 @@ from ban_fast.backends.triton.row_math import (
     exp_below,
     expm1,
     expm1_pair,
-    far_terms,
     label_term,
     log1p,
     log_of_sum,
@@ -92,38 +92,6 @@ def _statistics(
 
 
 @triton.jit
-def _far_statistics(
-    z_row, t_row, sound, student_col, teacher_col, num_classes, heat,
-    ACC: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CONTIGUOUS: tl.constexpr,
-):  # fmt: skip
-    """The student's maximum and its sum of exponentials."""
-    z_max = number(float("-inf"), ACC)
-    z_total = tl.zeros([1, BLOCK], ACC)
-    for start in tl.range(0, num_classes, BLOCK, num_stages=STAGES):
-        cols, z, t = _load(start, z_row, t_row, sound, student_col, teacher_col, num_classes, ACC, BLOCK, CONTIGUOUS)
-        z_largest = tl.max(z)
-        if z_largest > z_max:
-            z_total = z_total * exp_below(z_max, z_largest, heat, ACC)
-            z_max = z_largest
-        z_total += tl.where(z == float("-inf"), 0.0, exp_below(z, z_max, heat, ACC))
-    return z_max, tl.sum(z_total)
-
-
-@triton.jit
-def _store_gradient(
-    grad_row, cols, apart, z, y, sound, inside, num_classes, z_max, label_scale, rest,
-    WITH_KD: tl.constexpr, WITH_LABEL: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    value = tl.zeros_like(z)
-    if WITH_KD:
-        value += apart
-    if WITH_LABEL:
-        value += tl.where(cols == y, -rest, exp(z - z_max, ACC)) * label_scale
-    value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
-    tl.store(grad_row + cols, value, mask=inside & (cols < num_classes))
-
-
-@triton.jit
 def distill_row(
     z_row, t_row, grad_row, inside, sound, y, student_col, teacher_col, num_classes, heat, slope_kd, slope_label,
     ACC: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CONTIGUOUS: tl.constexpr, ENTROPY: tl.constexpr, WITH_KD: tl.constexpr,
@@ -134,20 +102,16 @@ def distill_row(
         z_row, t_row, sound, y, student_col, teacher_col, num_classes, heat,
         ACC, BLOCK, STAGES, CONTIGUOUS, T_KIND, SHORT,
     )  # fmt: skip
-    label_value, label_scale = rest, rest
+    label_value = rest
+    label_part = (z_max, rest, rest)
     if y is not None:
         z_y = tl.max(load_logits(z_row, y, student_col, sound, CONTIGUOUS, ACC))
-        label_value, label_scale = label_term(rest, z_y, z_max, ACC)
-        label_scale *= slope_label
+        label_value, scale = label_term(rest, z_y, z_max, ACC)
+        label_part = (z_max, rest, scale * slope_label)
+    t_sum, a = tl.full([1, 1], t_sum, ACC), tl.full([1, 1], a, ACC)
     log_mass = log1p(a, ACC)
     slope = divide(slope_kd, t_sum, ACC)
-    is_far = (tl.max(sound.to(tl.int32)) > 0) & ~((a <= LARGEST) & (a > SMALLEST))
-    far_max, far_sum, scale = t_max, t_sum, divide(number(1.0, ACC), t_sum, ACC)
-    if is_far:
-        far_max, far_sum = _far_statistics(
-            z_row, t_row, sound, student_col, teacher_col, num_classes, heat, ACC, BLOCK, STAGES, CONTIGUOUS
-        )
-        scale = number(1.0, ACC)
+    far = sound & ~((a <= LARGEST) & (a > SMALLEST))
 
     terms = tl.zeros([1, BLOCK], ACC)
     costs = tl.zeros([1, BLOCK], ACC)
@@ -155,24 +119,22 @@ def distill_row(
     for start in tl.range(0, num_classes, BLOCK, num_stages=STAGES):
         cols, z, t = _load(start, z_row, t_row, sound, student_col, teacher_col, num_classes, ACC, BLOCK, CONTIGUOUS)
         weight = exp_below(t, t_max, heat, ACC)
-        if is_far:
-            more, apart = far_terms(z, t, far_max, t_max, far_sum, t_sum, heat, T_KIND, ACC)
-            apart *= slope_kd
-        else:
-            x = tempered(difference(z, t, z_r, t_r, SHORT), heat, T_KIND, ACC) - centre
-            e, excess = expm1_pair(x - log_mass, ACC)
-            more = weight * excess
-            apart = weight * e * slope
-        terms += more
+        x = tempered(difference(z, t, z_r, t_r, SHORT), heat, T_KIND, ACC) - centre
+        e, excess = expm1_pair(x - log_mass, ACC)
+        terms += weight * excess
         if ENTROPY:
             costs += tl.where(weight == 0.0, 0.0, weight * tempered(t_max - t, heat, T_KIND, ACC))
             others += tl.where(t == t_max, 0.0, weight)
         if grad_row is not None:
-            _store_gradient(
-                grad_row, cols, apart, z, y, sound, inside, num_classes, z_max, label_scale, rest,
-                WITH_KD, WITH_LABEL, ACC,
-            )  # fmt: skip
-    value = tl.sum(terms) * scale
+            mask = inside & ~far & (cols < num_classes)
+            store_gradient(grad_row, cols, weight * e * slope, z, y, sound, mask, label_part, WITH_KD, WITH_LABEL, ACC)
+    value = tl.sum(terms, axis=1, keep_dims=True) * divide(number(1.0, ACC), t_sum, ACC)
+    if tl.max(far.to(tl.int32)) > 0:
+        cols = tl.arange(0, BLOCK)[None, :]
+        value = far_rows(
+            z_row, t_row, grad_row, cols, cols, far, y, student_col, teacher_col, num_classes, t_max, t_sum, heat,
+            slope_kd, label_part, ACC, 1, BLOCK, CONTIGUOUS, WITH_KD, WITH_LABEL, T_KIND,
+        )  # fmt: skip
     if ENTROPY:
         value += log_of_sum(t_sum, tl.sum(others), ACC) + divide(tl.sum(costs), t_sum, ACC)
     return value, label_value

@@ -1,12 +1,12 @@
 """KD and DKPP for rows that stay on the chip: every logit is read once.
 
 A program holds ROWS rows as PARTS blocks of BLOCK lanes, so that 10,000 classes take 5 times 2048 lanes and not 16,384.
-Rows that need log-sum-exp are read again, from the cache.
 """
 
 import triton
 import triton.language as tl
 
+from ban_fast.backends.triton.distill_far import far_rows, store_gradient
 from ban_fast.backends.triton.parts import largest, load_parts, total
 from ban_fast.backends.triton.row_math import (
     LARGEST,
@@ -18,7 +18,6 @@ from ban_fast.backends.triton.row_math import (
     exp_below,
     expm1,
     expm1_pair,
-    far_terms,
     label_term,
     log1p,
     log_of_sum,
@@ -39,23 +38,30 @@ def _student_at_largest(z, t, t_max, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _entropy(t, t_max, weight, t_sum, heat, PARTS: tl.constexpr, T_KIND: tl.constexpr, ACC: tl.constexpr):
-    costs = ()
-    others = ()
-    for p in tl.static_range(PARTS):
-        cost = weight[p] * tempered(t_max - t[p], heat, T_KIND, ACC)
-        costs = costs + (tl.where(weight[p] == 0.0, 0.0, cost),)
-        others = others + (tl.where(t[p] == t_max, 0.0, weight[p]),)
-    return log_of_sum(t_sum, total(others, PARTS), ACC) + divide(total(costs, PARTS), t_sum, ACC)
+def _entropy(
+    t_row, sources, readable, teacher_col, num_classes, t_max, t_sum, heat,
+    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CONTIGUOUS: tl.constexpr, T_KIND: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, 1] the teacher's entropy, from the cache: beside everything else its terms would not fit in registers."""
+    lanes = tl.arange(0, BLOCK)[None, :]
+    costs = tl.zeros([ROWS, BLOCK], ACC)
+    others = tl.zeros([ROWS, BLOCK], ACC)
+    for start in range(0, num_classes, BLOCK):
+        mask = readable & (lanes < num_classes - start)
+        t = load_logits(t_row, sources + start, teacher_col, mask, CONTIGUOUS, ACC)
+        weight = exp_below(t, t_max, heat, ACC)
+        costs += tl.where(weight == 0.0, 0.0, weight * tempered(t_max - t, heat, T_KIND, ACC))
+        others += tl.where(t == t_max, 0.0, weight)
+    cost = divide(tl.sum(costs, axis=1, keep_dims=True), t_sum, ACC)
+    return log_of_sum(t_sum, tl.sum(others, axis=1, keep_dims=True), ACC) + cost
 
 
 @triton.jit
 def _near(
     z, t, t_max, sound, slope, heat,
-    PARTS: tl.constexpr, T_KIND: tl.constexpr, SHORT: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
+    PARTS: tl.constexpr, T_KIND: tl.constexpr, SHORT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The centred form: the KD term, slope * (q - p), A (not finite where the form does not hold), the sum of t's exponentials
-    and the entropy that the term holds."""
+    """The centred form: KL, slope * (q - p), A (not finite where the form does not hold), and the sum of t's exponentials."""
     z_r = _student_at_largest(z, t, t_max, PARTS)
     weight = ()
     d = ()
@@ -66,7 +72,6 @@ def _near(
         products = products + (weight[p] * d[p],)
     t_sum = total(weight, PARTS)
     centre = divide(total(products, PARTS), t_sum, ACC)
-    entropy = _entropy(t, t_max, weight, t_sum, heat, PARTS, T_KIND, ACC) if ENTROPY else tl.zeros_like(t_sum)
 
     e = ()
     a_parts = ()
@@ -92,31 +97,7 @@ def _near(
     apart = ()
     for p in tl.static_range(PARTS):
         apart = apart + (weight[p] * (e[p] * by_e + offset),)
-    return centred_kl(a, g, log_mass) + entropy, apart, a, t_sum, entropy
-
-
-@triton.jit
-def _far(z, t, t_max, t_sum, slope, heat, PARTS: tl.constexpr, T_KIND: tl.constexpr, ACC: tl.constexpr):
-    """By log-sum-exp: KL and slope * (q - p)."""
-    z_max = largest(z, PARTS)
-    z_exp = ()
-    for p in tl.static_range(PARTS):
-        z_exp = z_exp + (exp_below(z[p], z_max, heat, ACC),)
-    z_sum = total(z_exp, PARTS)
-    terms = ()
-    apart = ()
-    others = ()
-    for p in tl.static_range(PARTS):
-        terms_p, apart_p = far_terms(z[p], t[p], z_max, t_max, z_sum, t_sum, heat, T_KIND, ACC)
-        terms = terms + (terms_p,)
-        apart = apart + (apart_p * slope,)
-        others = others + (tl.where(t[p] == t_max, 0.0, apart_p * slope),)
-    rest = total(others, PARTS)
-    chosen = ()
-    for p in tl.static_range(PARTS):
-        # q - p of a class that has nearly all of p and q cancels: it is what the others lack.
-        chosen = chosen + (tl.where((t[p] == t_max) & (t_sum < 2.0), -rest, apart[p]),)
-    return total(terms, PARTS), chosen
+    return centred_kl(a, g, log_mass), apart, a, t_sum
 
 
 @triton.jit
@@ -154,36 +135,32 @@ def distill_tile(
     t = load_parts(t_row, sources, t_masks, teacher_col, BLOCK, PARTS, CONTIGUOUS, ACC)
     t_max = largest(t, PARTS)
     label_value = tl.zeros([ROWS, 1], ACC)
+    label_part = (label_value, label_value, label_value)
     if y is not None:
         z_y = load_logits(z_row, y, student_col, inside, CONTIGUOUS, ACC)
         label_value, z_max, rest, scale = _label(z, z_y, y, cols, BLOCK, PARTS, ACC)
-        scale *= slope_label
+        label_part = (z_max, rest, scale * slope_label)
 
-    kd_value, apart, a, t_sum, entropy = _near(z, t, t_max, sound, slope_kd, heat, PARTS, T_KIND, SHORT, ENTROPY, ACC)
+    kd_value, apart, a, t_sum = _near(z, t, t_max, sound, slope_kd, heat, PARTS, T_KIND, SHORT, ACC)
     far = sound & ~(a <= LARGEST)
-    if tl.max(tl.max(far.to(tl.int32), axis=1), axis=0) > 0:
-        z_again = load_parts(z_row, cols, z_masks, student_col, BLOCK, PARTS, CONTIGUOUS, ACC)
-        t_again = load_parts(t_row, sources, t_masks, teacher_col, BLOCK, PARTS, CONTIGUOUS, ACC)
-        far_value, far_apart = _far(z_again, t_again, t_max, t_sum, slope_kd, heat, PARTS, T_KIND, ACC)
-        kd_value = tl.where(far, far_value + entropy, kd_value)
-        if ROWS == 1:
-            apart = far_apart
-        else:
-            chosen = ()
-            for p in tl.static_range(PARTS):
-                chosen = chosen + (tl.where(far, far_apart[p], apart[p]),)
-            apart = chosen
-
     if grad_row is not None:
         for p in tl.static_range(PARTS):
-            value = tl.zeros_like(z[p])
-            if WITH_KD:
-                value += apart[p]
-            if WITH_LABEL:
-                z_p = z[p]
-                if PARTS > 1:  # from the cache: three values a lane, in place of two, would not fit in registers
-                    z_p = load_logits(z_row, cols + p * BLOCK, student_col, z_masks[p], CONTIGUOUS, ACC)
-                value += tl.where(cols == y - p * BLOCK, -rest, exp(z_p - z_max, ACC)) * scale
-            value = tl.where(sound, value, 0.0).to(grad_row.dtype.element_ty)
-            tl.store(grad_row + (cols + p * BLOCK), value, mask=z_masks[p])
+            z_p = z[p]
+            if WITH_LABEL and PARTS > 1:  # from the cache: three values a lane would not fit in registers
+                z_p = load_logits(z_row, cols + p * BLOCK, student_col, z_masks[p], CONTIGUOUS, ACC)
+            store_gradient(
+                grad_row, cols + p * BLOCK, apart[p], z_p, y, sound, z_masks[p] & ~far, label_part,
+                WITH_KD, WITH_LABEL, ACC,
+            )  # fmt: skip
+    if tl.max(tl.max(far.to(tl.int32), axis=1), axis=0) > 0:
+        far_value = far_rows(
+            z_row, t_row, grad_row, cols, sources, far, y, student_col, teacher_col, num_classes, t_max, t_sum, heat,
+            slope_kd, label_part, ACC, ROWS, BLOCK, CONTIGUOUS, WITH_KD, WITH_LABEL, T_KIND,
+        )  # fmt: skip
+        kd_value = tl.where(far, far_value, kd_value)
+    if ENTROPY:
+        kd_value += _entropy(
+            t_row, sources, readable, teacher_col, num_classes, t_max, t_sum, heat,
+            ACC, ROWS, BLOCK, CONTIGUOUS, T_KIND,
+        )  # fmt: skip
     return kd_value, label_value

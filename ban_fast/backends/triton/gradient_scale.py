@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ban_fast.backends.triton import launch
+from ban_fast.backends.triton import config, launch
 
 _BLOCK = 4096
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 """Programs of 8 warps: where grad_output is 1 they load it and return, so that there are no more than fit at once."""
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def scale_kernel(
     grad,  # [R * C]
     grad_output,  # 0-d, or [R] with BY_ROW
@@ -20,9 +20,11 @@ def scale_kernel(
     row_length: tl.int64,  # C, or without BY_ROW all there is (and then num_rows is 1)
     BY_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """In place, with one rounding; not even read where the product is 1."""
+    row_length = (row_length // ALIGN) * ALIGN
     blocks = tl.cdiv(row_length, BLOCK)
     for job in range(tl.program_id(0).to(tl.int64), num_rows * blocks, tl.num_programs(0)):
         row = job // blocks
@@ -54,6 +56,7 @@ def scale(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tenso
             row_length=row_length,
             BY_ROW=by_row,
             BLOCK=block,
+            ALIGN=launch.alignment(row_length),
             ACC=launch.arithmetic(grad)[1],
             num_warps=8 if block == _BLOCK else 4,
             **launch.OPTIONS,

@@ -1,6 +1,7 @@
 """What every launcher needs around its kernel: device, strides, arithmetic, and the counter that ends a reduction."""
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +19,8 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
 
 _CAPTURED_CALLS = 4096
 """Calls captured in CUDA graphs that can have a counter of their own; later ones reduce in a second launch."""
+_COUNTER_STRIDE = 8
+"""32 bytes, a sector of the L2 cache each."""
 
 _stream_counters: dict[tuple[int | None, int], Tensor] = {}
 _graph_counters: dict[int | None, tuple[Tensor, Iterator[Tensor]]] = {}
@@ -75,14 +78,20 @@ def dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def heat(temperature: float) -> dict[str, Any]:
+def bits(double: bool, **values: float) -> dict[str, Any]:
+    """The values' bits, in fp64 or in fp32, as 64-bit arguments: these are typed once for all dtypes, and fp32 values that
+    came as fp64 would each hold a register for as long as a kernel runs."""
+    numbers = (ctypes.c_double if double else ctypes.c_float) * len(values)
+    words = memoryview(numbers(*values.values())).cast("B").cast("q" if double else "i")
+    return dict(zip(values, words, strict=True))
+
+
+def heat(temperature: float, double: bool) -> dict[str, Any]:
     """A kernel's arguments for T; its inverse is exact where T is a power of two."""
     exact = math.frexp(temperature)[0] == 0.5
     kind = UNIT if temperature == 1 else POWER_OF_TWO if exact else ANY
     return {
-        "temperature": temperature,
-        "inverse": 1 / temperature,
-        "exp_scale": LOG2_E.value / temperature,
+        **bits(double, temperature=temperature, inverse=1 / temperature, exp_scale=LOG2_E.value / temperature),
         "T_KIND": kind.value,
     }
 
@@ -104,8 +113,8 @@ def counter(device: torch.device) -> Tensor | None:
     if torch.cuda.is_current_stream_capturing():
         return next(_graph_counters[device.index][1], None) if device.index in _graph_counters else None
     if device.index not in _graph_counters:
-        block = torch.zeros(_CAPTURED_CALLS, dtype=torch.int32, device=device)
-        _graph_counters[device.index] = block, iter(block.unbind())
+        block = torch.zeros(_CAPTURED_CALLS, _COUNTER_STRIDE, dtype=torch.int32, device=device)
+        _graph_counters[device.index] = block, iter(block[:, 0].unbind())
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _stream_counters:
         _stream_counters[key] = torch.zeros((), dtype=torch.int32, device=device)

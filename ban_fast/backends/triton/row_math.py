@@ -1,7 +1,7 @@
 """The formulas of a row, as functions inside Triton kernels: blocks [ROWS, BLOCK] of logits, statistics [ROWS, 1].
 
-Everything is in ACC (fp32, or fp64). Every kernel is compiled with `enable_fp_fusion=False`, so that what is written as
-two roundings stays two: `difference` depends on it.
+Everything is in ACC (fp32, or fp64). Products may be fused with sums (`launch.OPTIONS`), and sums stay as they are written:
+`difference`, which depends on it, has no product in it.
 
 KL is centred. With d_i = (z_i - t_i) / T up to a constant, p the teacher's distribution, c = sum_i p_i d_i, x_i = d_i - c:
 
@@ -36,8 +36,17 @@ ANY: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def number(value, ACC: tl.constexpr):
-    """A kernel's argument, or a Python number, as a 0-d tensor of ACC."""
+    """An integer argument, or a Python number, as a 0-d tensor of ACC."""
     return tl.full([], value, ACC)
+
+
+@triton.jit
+def from_bits(bits, ACC: tl.constexpr):
+    """A kernel's argument from its bits, as `launch.bits` has them."""
+    if tl.float64 == ACC:
+        return bits.to(tl.float64, bitcast=True)
+    else:
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

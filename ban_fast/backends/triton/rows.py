@@ -126,10 +126,11 @@ def weighted(kd_value, label_value, kd_weight, label_weight, WITH_KD: tl.constex
 
 @triton.jit
 def store_reduced(
-    partials, loss, kd, label, programs, count, kd_weight, label_weight,
+    partials, loss, kd, label, programs, kd_weight, label_weight,
     WITH_KD: tl.constexpr, WITH_LABEL: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Loss and terms from the programs' sums, partials[2, programs]."""
+    """Loss and terms from the programs' sums, partials[2, programs], and what they are divided by, the number that follows."""
+    count = tl.load(partials + 2 * programs, cache_modifier=".cg")
     kd_value = divide(total_of(partials, programs, BLOCK, ACC), count, ACC)
     label_value = divide(total_of(partials + programs, programs, BLOCK, ACC), count, ACC)
     tl.store(kd, kd_value)

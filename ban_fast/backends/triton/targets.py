@@ -10,11 +10,11 @@ from torch import Tensor
 from ban_fast.backends.triton import config, launch, permute
 from ban_fast.backends.triton.permute import prepare, row_key
 from ban_fast.backends.triton.permuted_rows import kept_class, source_classes
-from ban_fast.backends.triton.row_math import divide, exp_below, number
+from ban_fast.backends.triton.row_math import divide, exp_below, from_bits
 from ban_fast.backends.triton.rows import load_logits, max_and_sum, select_rows
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def targets_kernel(
     teacher,  # [M, C]
     teacher_rows,  # [R] or None
@@ -28,9 +28,9 @@ def targets_kernel(
     num_classes: tl.int32,
     teacher_row: tl.int64,
     teacher_col: tl.int64,
-    temperature: tl.float64,
-    inverse: tl.float64,
-    exp_scale: tl.float64,
+    temperature: tl.int64,
+    inverse: tl.int64,
+    exp_scale: tl.int64,
     prefix_0: tl.int32,
     prefix_1: tl.int32,
     feistel_a: tl.int32,
@@ -50,7 +50,7 @@ def targets_kernel(
     program = tl.program_id(0)
     classes = (num_classes // ALIGN) * ALIGN
     teacher_row = (teacher_row // ALIGN) * ALIGN
-    heat = (number(temperature, ACC), number(inverse, ACC), number(exp_scale, ACC))
+    heat = (from_bits(temperature, ACC), from_bits(inverse, ACC), from_bits(exp_scale, ACC))
     slots = program * ROWS + tl.arange(0, ROWS)[:, None]
     if tables is not None:
         tables += slots * (ROUNDS * TABLE)
@@ -77,7 +77,7 @@ def targets_kernel(
             tl.store(out + rows.to(tl.int64) * classes + cols, p, mask=kept & (cols < classes))
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def permutation_kernel(
     argmax,  # [R]
     sample_ids,  # [R] or None
@@ -94,12 +94,14 @@ def permutation_kernel(
     reciprocal: tl.int32,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
     PERMUTE: tl.constexpr,
     ROUNDS: tl.constexpr,
     TABLE: tl.constexpr,
     WALK: tl.constexpr,
 ):
     program = tl.program_id(0)
+    classes = (num_classes // ALIGN) * ALIGN
     slots = program * ROWS + tl.arange(0, ROWS)[:, None]
     if tables is not None:
         tables += slots * (ROUNDS * TABLE)
@@ -109,14 +111,14 @@ def permutation_kernel(
         rows = tile * ROWS + tl.arange(0, ROWS)[:, None]
         inside = rows < num_rows
         k0, k1 = row_key(prefix_0, prefix_1, step, sample_ids, rows, inside)
-        field = (num_classes, feistel_a, feistel_b, reciprocal, k0, k1, tables, walks)
+        field = (classes, feistel_a, feistel_b, reciprocal, k0, k1, tables, walks)
         prepare(field, ROWS, PERMUTE, ROUNDS, TABLE, WALK)
         stays = tl.load(argmax + rows, mask=inside, other=0).to(tl.int32)
-        for start in range(0, num_classes, BLOCK):
+        for start in range(0, classes, BLOCK):
             cols = start + tl.arange(0, BLOCK)[None, :]
             from_class = source_classes(cols, stays, field, PERMUTE, ROUNDS, TABLE, WALK)
-            out_row = out + rows.to(tl.int64) * num_classes
-            tl.store(out_row + cols, from_class.to(tl.int64), mask=inside & (cols < num_classes))
+            out_row = out + rows.to(tl.int64) * classes
+            tl.store(out_row + cols, from_class.to(tl.int64), mask=inside & (cols < classes))
 
 
 def permuted_targets(
@@ -148,7 +150,7 @@ def permuted_targets(
             ALIGN=launch.alignment(num_classes, teacher),
             CONTIGUOUS=launch.contiguous(teacher),
             ACC=acc,
-            **launch.heat(temperature),
+            **launch.heat(temperature, torch_acc == torch.float64),
             **_blocks(permutation, num_classes, plan, programs, teacher.device, torch_acc),
         )
     return out
@@ -168,6 +170,7 @@ def permutation_of(argmax: Tensor, permutation: permute.Permutation, num_classes
             out=out,
             num_rows=num_rows,
             num_classes=num_classes,
+            ALIGN=launch.alignment(num_classes),
             **_blocks(permutation, num_classes, plan, programs, argmax.device, out.dtype),
         )
     return out

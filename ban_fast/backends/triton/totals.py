@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
-from ban_fast.backends.triton.row_math import number
-from ban_fast.backends.triton.rows import count_kept, kept_count, store_reduced
+from ban_fast.backends.triton import config
+from ban_fast.backends.triton.row_math import from_bits
+from ban_fast.backends.triton.rows import count_kept, store_reduced
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def count_kernel(
     labels,  # [R]
     counts,  # [programs]
@@ -22,29 +23,22 @@ def count_kernel(
     tl.store(counts + program, count)
 
 
-@triton.jit
+@triton.jit(**config.JIT)
 def reduce_kernel(
-    partials,  # [2, programs]
+    partials,  # [2, programs] and the divisor
     loss,  # 0-d; so kd and label
     kd,
     label,
-    labels,  # [R] or None
-    counts,  # [num_counts] or None
     programs: tl.int32,
-    num_rows: tl.int32,
-    num_counts: tl.int32,
-    ignore_index: tl.int64,
-    kd_weight: tl.float64,
-    label_weight: tl.float64,
-    REDUCTION: tl.constexpr,
+    kd_weight: tl.int64,
+    label_weight: tl.int64,
     WITH_KD: tl.constexpr,
     WITH_LABEL: tl.constexpr,
     TOTAL_BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """What the last program of a loss kernel does, where none could know that it is the last."""
-    count = kept_count(labels, counts, num_counts, num_rows, ignore_index, REDUCTION, TOTAL_BLOCK, ACC)
     store_reduced(
-        partials, loss, kd, label, programs, count, number(kd_weight, ACC), number(label_weight, ACC),
+        partials, loss, kd, label, programs, from_bits(kd_weight, ACC), from_bits(label_weight, ACC),
         WITH_KD, WITH_LABEL, TOTAL_BLOCK, ACC,
     )  # fmt: skip

@@ -77,12 +77,13 @@ class TorchLoader(StreamedLoader):
                 if isinstance(images, UserError):
                     raise images
                 yield images
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if "Caught" in str(error):  # an error of the reading itself, with its traceback
                 raise
+            detail = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                "a process that reads images was killed; it takes memory, and shared memory (/dev/shm, in containers "
-                "--shm-size) for two batches: free some, or use a smaller batch_size"
+                f"a process that reads images failed: {detail}; these take memory, and shared memory for two batches "
+                "each (/dev/shm, in containers --shm-size): free some, or use a smaller batch size"
             ) from error
 
 

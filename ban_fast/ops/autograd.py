@@ -76,7 +76,7 @@ class _Stored(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        _refuse_create_graph()
+        refuse_create_graph()
         if ctx.stored is None:
             raise RuntimeError(
                 "a second backward through one ban_fast loss: the first scaled its stored gradient in place and gave "
@@ -92,7 +92,8 @@ class _Stored(torch.autograd.Function):
         return scaled.view(ctx.shape), None, None, None
 
 
-def _refuse_create_graph() -> None:
+def refuse_create_graph() -> None:
+    """RuntimeError in a backward that is asked for a graph of its own."""
     if torch.is_grad_enabled():
         raise RuntimeError("a ban_fast loss has no second derivative: call backward without create_graph=True")
 
@@ -127,7 +128,7 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         if not torch.compiler.is_compiling():  # compiled backwards refuse on their own
-            _refuse_create_graph()
+            refuse_create_graph()
         grad, grad_scale = ctx.saved_tensors
         return torch.ops.ban_fast.scale_grad(grad, grad_outputs[0], grad_scale, ctx.backend), None, None, None, None
 

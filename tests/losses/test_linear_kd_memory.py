@@ -1,0 +1,93 @@
+"""What fused_linear_kd holds at once: a chunk's logits, its gradient, and the sums that it hands back."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ban_fast.ops.linear_kd_chunks import Task, bytes_per_row, chunk_size, chunks, layer
+
+ROWS, WIDTH, CLASSES = 2000, 16, 10_000  # whole logits are 80 MB
+WATCH = """
+import sys, torch
+import torch.nn.functional as F
+from ban_fast.losses import fused_linear_kd, kd_loss
+
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+def step(rows, form):
+    hidden, weight = torch.randn(rows, {width}, requires_grad=True), torch.randn({classes}, {width}, requires_grad=True)
+    taught, teacher = torch.randn({classes}, {width}), torch.randn(rows, {width})
+    def run():
+        if form == "whole":
+            kd_loss(F.linear(hidden, weight), F.linear(teacher, taught), reduction=reduction).sum().backward()
+        else:
+            fused_linear_kd(
+                hidden, weight, teacher_hidden=teacher, teacher_weight=taught, chunk_bytes=8 << 20, reduction=reduction
+            ).sum().backward()
+    return run
+
+form, reduction = sys.argv[1:]
+step(10, form)()  # libraries' own memory comes with their first call
+run = step({rows}, form)
+before = peak()
+run()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_memory_is_a_chunk(reduction: str) -> None:
+    """240 MB (both logits and a gradient) with whole logits; with chunks of 8 MiB a tenth of it."""
+
+    def megabytes(form: str) -> float:
+        code = WATCH.format(width=WIDTH, classes=CLASSES, rows=ROWS)
+        out = subprocess.run([sys.executable, "-c", code, form, reduction], capture_output=True, text=True, check=True)
+        return float(out.stdout)
+
+    assert megabytes("whole") > 200
+    assert megabytes("chunks") < 30  # 8 MiB, the gradients' 1, what products and allocator keep for themselves
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widened", "by_hidden", "need_grad", "expected"),
+    [
+        (torch.float32, True, False, True, 4 + 4),
+        (torch.float32, True, False, False, 4),
+        (torch.float32, True, True, True, 4 + 4 + 4),
+        (torch.float64, True, True, True, 8 + 8 + 4),
+        (torch.bfloat16, True, True, True, 4 + 4 + 4),
+        (torch.bfloat16, False, True, True, 4 + 4 + 2 + 4),
+        (torch.bfloat16, False, False, False, 4),
+    ],
+)
+def test_bytes_of_a_class(
+    dtype: torch.dtype,
+    widened: bool,
+    by_hidden: bool,
+    need_grad: bool,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Logits, gradient, that for the products where operands stay half, and the teacher's logits from fp32."""
+    monkeypatch.setattr("ban_fast.ops.linear_kd_chunks.multiplies_halves", lambda device: not widened)
+    hidden, weight = torch.empty(3, 2, dtype=dtype), torch.empty(7, 2, dtype=dtype)
+    student = layer(weight, None, hidden, None)
+    teacher = layer(weight.float(), None, hidden.float(), None) if by_hidden else None
+    task = Task(hidden, student, hidden, teacher, None, 1.0, 1.0, 0.0, True, -100)
+    assert bytes_per_row(task, need_grad) == 7 * expected
+    assert [(s.start, s.stop) for s in chunks(task, need_grad, 2 * 7 * expected)] == [(0, 2), (2, 3)]
+    assert list(chunks(task, need_grad, None)) == [slice(0, 3)]
+
+
+def test_chunks_are_even_and_on_a_gpu_whole_tiles() -> None:
+    assert chunk_size(1120, 80_000, 12 << 20, "cpu") == 140  # 157 fit: eight chunks, and no small one at the end
+    assert chunk_size(8192, 1_282_560, 1 << 30, "cuda") == 768  # 837 fit
+    assert chunk_size(8192, 1_282_560, 100 << 20, "cuda") == 81
+    for device in ("cpu", "cuda"):
+        assert chunk_size(1000, 80_000, 1, device) == 1
+        assert chunk_size(0, 80_000, 1 << 20, device) >= 1

@@ -1,6 +1,6 @@
 """What a GPU's clock needs beyond the harness: a warm and a cold L2, CUDA graphs, peak memory.
 
-Written against torch's documentation and compiled nowhere but in the head: no GPU has run it yet.
+Written against torch's documentation: no GPU has run it yet.
 """
 
 import math

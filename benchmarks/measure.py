@@ -156,7 +156,8 @@ class Bench:
         for name, each in times.items():
             self.at(name)
             try:
-                extra = _extra(running[name], setting, sets, self.device) if name in running else {}
+                again = 1 if name in slow else 3
+                extra = _extra(running[name], setting, sets, self.device, again) if name in running else {}
             except Exception as error:  # as above
                 running[name].fail(error, f"{setting}: ")
                 continue
@@ -204,12 +205,14 @@ def _lap(candidate: Candidate, setting: str, sets: Sequence[Inputs], device: tor
     return lap, calls, each * calls
 
 
-def _extra(candidate: Candidate, setting: str, sets: Sequence[Inputs], device: torch.device) -> dict[str, float]:
+def _extra(
+    candidate: Candidate, setting: str, sets: Sequence[Inputs], device: torch.device, calls: int
+) -> dict[str, float]:
+    """What a call costs beside its time, over that many calls."""
     assert candidate.step is not None
     call = one_call(candidate.step, sets)
     if device.type == "cuda":
         return {"peak_bytes": cuda.peak_bytes(call)} if setting == cuda.PLAIN else {}
-    calls = 3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
         call()

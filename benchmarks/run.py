@@ -14,6 +14,8 @@ Record = dict[str, Any]
 # A run without --full ends within 15 minutes: no case starts after the first of these, none goes on after the second,
 # and then no test does.
 MINUTES = (10.0, 13.5)
+# And within 12 GB on a CPU: there are two processes, one for each allocator's settings.
+PROCESS_BYTES = 6 * 10**9
 
 
 def device() -> str:
@@ -38,7 +40,9 @@ class Run:
     def __post_init__(self) -> None:
         now = time.monotonic()
         self._last_start = None if self.minutes is None else now + 60 * self.minutes[0]
-        self._session = Session(self.device, ends=None if self.minutes is None else now + 60 * self.minutes[1])
+        ends = None if self.minutes is None else now + 60 * self.minutes[1]
+        most_bytes = PROCESS_BYTES if self.device == "cpu" and not self.full else None
+        self._session = Session(self.device, ends=ends, most_bytes=most_bytes)
 
     def __enter__(self) -> "Run":
         return self

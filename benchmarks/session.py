@@ -49,9 +49,10 @@ class WorkerDied(WorkerFailed):
 class Session:
     """Measures cases, until it is closed."""
 
-    def __init__(self, device: str, *, ends: float | None = None) -> None:
-        """`ends` is the time.monotonic() at which a case still running is given up."""
+    def __init__(self, device: str, *, ends: float | None = None, most_bytes: int | None = None) -> None:
+        """`ends` is the time.monotonic() at which a case still running is given up, `most_bytes` a process's memory."""
         self.device = device
+        self.most_bytes = most_bytes
         self.ends = ends
         self.peak_bytes: dict[str, int] = {}
         """The most memory that each worker has held."""
@@ -85,6 +86,7 @@ class Session:
                 "settings": self.settings(case) if self.device == "cuda" else [name],
                 "autotune": autotune,
                 "seconds": CASE_SECONDS[self.device],
+                "most_bytes": self.most_bytes,
             }
             records += self._ask(name, case, request)
         return records

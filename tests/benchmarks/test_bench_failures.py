@@ -363,12 +363,17 @@ def test_a_session_ends_in_time_whatever_is_in_it(tmp_path: Path) -> None:
     assert "test_quick: for want" not in done.stdout
 
 
-def test_workers_may_not_take_more_than_their_memory() -> None:
-    """Two of them, 6 GB each."""
+def test_the_processes_of_a_usual_run_stay_within_12_gb() -> None:
+    """Two of them, of 6 GB each; --full may take more."""
+    with runs.Run("cpu", full=False, minutes=runs.MINUTES) as usual, runs.Run("cpu", full=True, minutes=None) as full:
+        assert usual._session.most_bytes == 6 * 10**9
+        assert len(usual._session.environments) <= 2
+        assert full._session.most_bytes is None
     worker = Worker({}, "cpu")
     try:
         request = {"case": {"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}, "device": "cpu"}
-        assert "KeyError" in worker.ask(request | {"autotune": False}, None, 60.0)["error"]
+        request |= {"autotune": False, "most_bytes": 6 * 10**9}
+        assert "KeyError" in worker.ask(request, None, 60.0)["error"]
         limits = Path(f"/proc/{worker.pid}/limits")
         if not limits.exists():
             pytest.skip("this system has no /proc to read a process's limits from")

@@ -15,7 +15,7 @@ CASE = Case(objective="kd", rows=2, classes=3, dtype="fp32")
 
 def request(**changes: object) -> dict[str, object]:
     base = {"case": CASE.to_dict(), "device": "cpu", "settings": [], "autotune": False}
-    base |= {"seconds": 0.0, "excluded": {}}
+    base |= {"seconds": 0.0, "excluded": {}, "most_bytes": None}
     return base | changes
 
 

@@ -217,16 +217,21 @@ BAN_FAST_HD U feistel_hash(U half, U key, std::uint32_t size) {
   return high_product(mix(half * U(kGolden) + key), U(size));
 }
 
+// Two rounds, with their keys.
+template <class U>
+BAN_FAST_HD FeistelPoint<U> feistel_pair(FeistelPoint<U> point, U key_l, U key_r, const FeistelShape& shape) {
+  const U a = U(shape.a), b = U(shape.b);
+  const U l = point.l + feistel_hash(point.r, key_l, shape.a);
+  point.l = lesser(l, l - a);  // modulo a: below a, l - a wraps around to the larger
+  const U r = point.r + feistel_hash(point.l, key_r, shape.b);
+  point.r = lesser(r, r - b);
+  return point;
+}
+
 // All rounds, once; keys: shape.rounds of them.
 template <class U, class Keys>
 BAN_FAST_HD FeistelPoint<U> feistel(FeistelPoint<U> point, const Keys& keys, const FeistelShape& shape) {
-  const U a = U(shape.a), b = U(shape.b);
-  for (int i = 0; i < shape.rounds; i += 2) {
-    const U l = point.l + feistel_hash(point.r, U(keys[i]), shape.a);
-    point.l = lesser(l, l - a);  // modulo a: below a, l - a wraps around to the larger
-    const U r = point.r + feistel_hash(point.l, U(keys[i + 1]), shape.b);
-    point.r = lesser(r, r - b);
-  }
+  for (int i = 0; i < shape.rounds; i += 2) point = feistel_pair(point, U(keys[i]), U(keys[i + 1]), shape);
   return point;
 }
 

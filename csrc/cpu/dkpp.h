@@ -55,8 +55,10 @@ class RowPermuter {
     for (int k = 0; k < lanes; ++k) {
       std::uint32_t keys[kMostFeistelRounds];
       for (int i = 0; i < shape_.rounds; ++i) keys[i] = keys_[i][first + k];
-      if (shape_.b <= kMostByte) {
-        feistel_byte_ranks(keys, ranks + k * pitch);
+      if (shape_.b <= kMostByte / 2) {
+        feistel_byte_ranks<false>(keys, ranks + k * pitch);
+      } else if (shape_.b <= kMostByte) {
+        feistel_byte_ranks<true>(keys, ranks + k * pitch);
       } else {
         feistel_ranks(keys, ranks + k * pitch);
       }
@@ -64,8 +66,8 @@ class RowPermuter {
   }
 
  private:
-  static constexpr int kWays = 4;  // swap-or-not in flight: one alone would wait on itself for most of 24 rounds
-  static constexpr std::uint32_t kMostByte = 127, kByteWays = 2;
+  static constexpr int kWays = 4;  // vectors in flight: one alone would wait on itself for most of its rounds
+  static constexpr std::uint32_t kMostByte = 255, kByteWays = 2;
 
   bool is_feistel() const { return shape_.n >= kFeistelFrom; }
 
@@ -94,7 +96,8 @@ class RowPermuter {
   }
 
   // Both halves of a point fit in bytes: a round's function is a table of its b values, and 64 points look it up at
-  // once.
+  // once. kWide: two of them may add up to more than a byte holds.
+  template <bool kWide>
   void feistel_byte_ranks(const std::uint32_t* keys, std::uint32_t* ranks) const {
     ByteTable tables[kMostFeistelRounds];
     const Words lane_number = lane_numbers<std::uint32_t>();
@@ -114,18 +117,18 @@ class RowPermuter {
 #pragma GCC unroll 2
       for (std::uint32_t way = 0; way < kByteWays; ++way) {
         const std::uint32_t at = i + way * Bytes::lanes;
-        const Bytes r = Bytes(std::uint8_t(at % shape_.b)) + lane_remainder_;
-        const auto carry = r >= b;
-        const Bytes l = Bytes(std::uint8_t(at / shape_.b)) + lane_quotient_ + select(carry, one, zero);
-        const FeistelPoint<Bytes> start{lesser(l, last_l), select(carry, r - b, r)};
+        const Bytes first_r(std::uint8_t(at % shape_.b)), r = add_modulo<kWide>(first_r, lane_remainder_, b);
+        const Bytes carry = select(r < first_r, one, zero);
+        const Bytes l = Bytes(std::uint8_t(at / shape_.b)) + lane_quotient_ + carry;
+        const FeistelPoint<Bytes> start{lesser(l, last_l), r};
         // Lanes past n - 1 start at some point below n: only a walk that begins there is sure to end.
         points[way] = {start.l, select(is_beyond(start), zero, start.r)};
       }
-      feistel_bytes(points, tables);
+      feistel_bytes<kWide>(points, tables);
       for (auto beyond = is_beyond(points[0]) | is_beyond(points[1]); any(beyond);
            beyond = is_beyond(points[0]) | is_beyond(points[1])) {
         FeistelPoint<Bytes> next[kByteWays] = {points[0], points[1]};
-        feistel_bytes(next, tables);
+        feistel_bytes<kWide>(next, tables);
 #pragma GCC unroll 2
         for (std::uint32_t way = 0; way < kByteWays; ++way) {
           const auto walks = is_beyond(points[way]);
@@ -145,35 +148,48 @@ class RowPermuter {
     }
   }
 
+  template <bool kWide>
   __attribute__((always_inline)) void feistel_bytes(FeistelPoint<Bytes> (&points)[kByteWays],
                                                     const ByteTable* tables) const {
     const Bytes a(static_cast<std::uint8_t>(shape_.a)), b(static_cast<std::uint8_t>(shape_.b));
     for (int i = 0; i < shape_.rounds; i += 2) {
 #pragma GCC unroll 2
-      for (auto& point : points) {
-        const Bytes l = point.l + lookup(tables[i], point.r, int(shape_.b));
-        point.l = lesser(l, l - a);
-      }
+      for (auto& point : points) point.l = add_modulo<kWide>(point.l, lookup(tables[i], point.r, int(shape_.b)), a);
 #pragma GCC unroll 2
-      for (auto& point : points) {
-        const Bytes r = point.r + lookup(tables[i + 1], point.l, int(shape_.a));
-        point.r = lesser(r, r - b);
-      }
+      for (auto& point : points) point.r = add_modulo<kWide>(point.r, lookup(tables[i + 1], point.l, int(shape_.a)), b);
     }
   }
 
   void feistel_ranks(const std::uint32_t* keys, std::uint32_t* ranks) const {
     const Words n(shape_.n), b(shape_.b), lane_number = lane_numbers<std::uint32_t>();
-    for (std::uint32_t i = 0; i < shape_.n; i += Words::lanes) {
-      const Words start = lesser(lane_number + Words(i), n - Words(1u));
-      FeistelPoint<Words> point = feistel(feistel_point(start, shape_), keys, shape_);
-      Words x = point.l * b + point.r;
-      for (auto beyond = x >= n; any(beyond); beyond = x >= n) {
-        const FeistelPoint<Words> next = feistel(point, keys, shape_);
-        point = {select(beyond, next.l, point.l), select(beyond, next.r, point.r)};
-        x = point.l * b + point.r;
+    for (std::uint32_t i = 0; i < shape_.n; i += kWays * Words::lanes) {
+      FeistelPoint<Words> points[kWays];
+#pragma GCC unroll 4
+      for (int way = 0; way < kWays; ++way) {
+        const Words x = lane_number + Words(i + std::uint32_t(way * Words::lanes));
+        points[way] = feistel_point(lesser(x, n - Words(1u)), shape_);
       }
-      store(ranks + i, x);
+      feistel_words(points, keys);
+#pragma GCC unroll 4
+      for (int way = 0; way < kWays; ++way) {
+        Words x = points[way].l * b + points[way].r;
+        for (auto beyond = x >= n; any(beyond); beyond = x >= n) {
+          const FeistelPoint<Words> next = feistel(points[way], keys, shape_);
+          points[way] = {select(beyond, next.l, points[way].l), select(beyond, next.r, points[way].r)};
+          x = points[way].l * b + points[way].r;
+        }
+        const std::uint32_t at = i + std::uint32_t(way * Words::lanes);
+        if (at < shape_.n) store(ranks + at, x);
+      }
+    }
+  }
+
+  __attribute__((always_inline)) void feistel_words(FeistelPoint<Words> (&points)[kWays],
+                                                    const std::uint32_t* keys) const {
+    for (int i = 0; i < shape_.rounds; i += 2) {
+      const Words key_l(keys[i]), key_r(keys[i + 1]);
+#pragma GCC unroll 4
+      for (auto& point : points) point = feistel_pair(point, key_l, key_r, shape_);
     }
   }
 

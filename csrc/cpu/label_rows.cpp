@@ -4,30 +4,54 @@
 namespace ban_fast::BAN_FAST_ISA {
 namespace {
 
+// A row's largest value m, and its sum of exp(x - m), from one visit: blocks are counted from the largest value so far.
+template <class T>
+struct Total {
+  T largest;
+  double sum;
+};
+
+template <class T>
+Total<T> row_total(const T* row, std::int64_t classes, const Upcoming next) {
+  constexpr std::int64_t kBlock = kBlockVectors * Vec<T>::lanes;
+  constexpr UnitTemperature<T> one;
+  T largest = std::numeric_limits<T>::lowest();  // a block of -inf counts nothing; a row of it is NaN
+  LaneSum<T> sum;
+  for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
+    const std::int64_t end = begin + kBlock < classes ? begin + kBlock : classes;
+    const Vec<T> here = lane_maxima(row, begin, end);
+    if (any(Vec<T>(largest) < here)) {
+      const T before = largest;
+      largest = largest_lane(here);
+      sum.total = sum.total * Vec<double>(double(exp_quotient(before - largest, one)));
+    }
+    for_vectors<T>(
+        begin, end,
+        [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+          next.prefetch(i);
+          sum.add(exp_quotient(load_some<tail>(row + i, end - i, -kInfinity<T>) - Vec<T>(largest), one));
+        },
+        [&]() BAN_FAST_LAMBDA { sum.end_block(); });
+  }
+  const double total = sum.value();
+  return {largest, total == 0.0 ? std::numeric_limits<double>::quiet_NaN() : total};
+}
+
 template <class T>
 void confidence_rows_as(const ConfidenceJob& job, std::int64_t begin, std::int64_t end) {
   const Selection& selection = job.selection;
   const std::int64_t classes = selection.classes;
   const ScratchRows<T> scratch(classes, 1);
-  constexpr UnitTemperature<T> one;
   for (std::int64_t row = begin; row < end; ++row) {
     if (selection.ignored(row)) {
       job.log_confidence[row] = -kInfinity<double>;
       continue;
     }
     const T* t = fetch_row(job.teacher, selection.teacher_row(row), classes, scratch.row(0));
-    const T largest = row_maximum(t, classes);
     const Upcoming next(job.teacher, selection.teacher_row(next_row(selection, row, end)));
-    LaneSum<T> sum;
-    for_vectors<T>(
-        0, classes,
-        [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-          next.prefetch(i);
-          sum.add(exp_quotient(load_some<tail>(t + i, classes - i, -kInfinity<T>) - Vec<T>(largest), one));
-        },
-        [&]() BAN_FAST_LAMBDA { sum.end_block(); });
-    const double of_label = job.by_label ? double(t[selection.labels[row]]) - double(largest) : 0.0;
-    job.log_confidence[row] = of_label - log_of_sum(sum.value());
+    const Total<T> total = row_total(t, classes, next);
+    const double of_label = job.by_label ? double(t[selection.labels[row]]) - double(total.largest) : 0.0;
+    job.log_confidence[row] = of_label - log_of_sum(total.sum);
   }
 }
 

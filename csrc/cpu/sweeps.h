@@ -116,15 +116,21 @@ BAN_FAST_HD typename Vec<T>::Mask first_lanes(std::int64_t count) {
   return lane_numbers<IntOf<T>>() < Vec<IntOf<T>>(IntOf<T>(count));
 }
 
+// The largest of the row's elements [begin, end) that fall on each lane.
 template <class T>
-BAN_FAST_HD T row_maximum(const T* row, std::int64_t classes) {
+BAN_FAST_HD Vec<T> lane_maxima(const T* row, std::int64_t begin, std::int64_t end) {
   Vec<T> largest(-kInfinity<T>);
   for_vectors<T>(
-      0, classes,
+      begin, end,
       [&](std::int64_t i, auto tail)
-          BAN_FAST_LAMBDA { largest = larger(largest, load_some<tail>(row + i, classes - i, -kInfinity<T>)); },
+          BAN_FAST_LAMBDA { largest = larger(largest, load_some<tail>(row + i, end - i, -kInfinity<T>)); },
       []() BAN_FAST_LAMBDA {});
-  return largest_lane(largest);
+  return largest;
+}
+
+template <class T>
+BAN_FAST_HD T row_maximum(const T* row, std::int64_t classes) {
+  return largest_lane(lane_maxima(row, 0, classes));
 }
 
 template <class T>

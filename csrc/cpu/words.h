@@ -56,12 +56,24 @@ using Bytes = Vec<std::uint8_t>;
 
 BAN_FAST_HD Bytes lesser(Bytes a, Bytes b) { return select(a < b, a, b); }
 
-// A table of up to 128 bytes that 64 lanes look up at once.
+// a + b modulo m, for a and b below it; kWide: where the sum may not fit in a byte.
+template <bool kWide>
+BAN_FAST_HD Bytes add_modulo(Bytes a, Bytes b, Bytes m) {
+  if constexpr (kWide) {
+    const Bytes room = m - b;
+    return select(a < room, a + b, a - room);
+  } else {
+    const Bytes sum = a + b;
+    return lesser(sum, sum - m);  // below m, the difference wraps around to the larger
+  }
+}
+
+// A table of up to 256 bytes that 64 lanes look up at once.
 struct ByteTable {
 #if defined(__AVX512BW__)
-  alignas(64) std::uint16_t entries[128];  // one byte each: AVX-512BW permutes words
+  alignas(64) std::uint16_t entries[256];  // one byte each: AVX-512BW permutes words
 #else
-  alignas(64) std::uint8_t entries[128];
+  alignas(64) std::uint8_t entries[256];
 #endif
 
   // entries[at .. at + 15]
@@ -76,22 +88,33 @@ struct ByteTable {
   }
 };
 
+#if defined(__AVX512BW__)
+// entries[index] of 64, 128 or 256 entries by the low 6, 7 or 8 bits of each word.
+template <int kEntries>
+BAN_FAST_HD __m512i lookup_words(const __m512i* entries, __m512i index) {
+  if constexpr (kEntries == 64) {
+    return _mm512_permutex2var_epi16(entries[0], index, entries[1]);
+  } else {
+    const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(kEntries / 2));
+    return _mm512_mask_mov_epi16(lookup_words<kEntries / 2>(entries, index), upper,
+                                 lookup_words<kEntries / 2>(entries + kEntries / 64, index));
+  }
+}
+
+template <int kEntries>
+BAN_FAST_HD Bytes lookup_in(const ByteTable& table, Bytes index) {
+  const __m512i* entries = reinterpret_cast<const __m512i*>(table.entries);
+  const __m512i even = lookup_words<kEntries>(entries, (__m512i)index.part[0]);
+  const __m512i odd = lookup_words<kEntries>(entries, _mm512_srli_epi16((__m512i)index.part[0], 8));
+  index.part[0] = (Bytes::Part)_mm512_or_si512(even, _mm512_slli_epi16(odd, 8));
+  return index;
+}
+#endif
+
 // entries[index] for indices below `used`, the table's entries in use.
 BAN_FAST_HD Bytes lookup(const ByteTable& table, Bytes index, [[maybe_unused]] int used) {
 #if defined(__AVX512BW__)
-  const __m512i* words = reinterpret_cast<const __m512i*>(table.entries);
-  const __m512i even_index = (__m512i)index.part[0], odd_index = _mm512_srli_epi16(even_index, 8);
-  __m512i even = _mm512_permutex2var_epi16(words[0], even_index, words[1]);
-  __m512i odd = _mm512_permutex2var_epi16(words[0], odd_index, words[1]);
-  if (used > 64) {
-    const __m512i upper = _mm512_set1_epi16(64);
-    even = _mm512_mask_mov_epi16(even, _mm512_test_epi16_mask(even_index, upper),
-                                 _mm512_permutex2var_epi16(words[2], even_index, words[3]));
-    odd = _mm512_mask_mov_epi16(odd, _mm512_test_epi16_mask(odd_index, upper),
-                                _mm512_permutex2var_epi16(words[2], odd_index, words[3]));
-  }
-  index.part[0] = (Bytes::Part)_mm512_or_si512(even, _mm512_slli_epi16(odd, 8));
-  return index;
+  return used > 128 ? lookup_in<256>(table, index) : used > 64 ? lookup_in<128>(table, index) : lookup_in<64>(table, index);
 #elif defined(__AVX2__)
   Bytes found(std::uint8_t(0));
   for (int tile = 0; tile < used; tile += 16) {

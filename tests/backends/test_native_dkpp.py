@@ -13,9 +13,11 @@ from ban_fast.backends import native
 WORD = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 
-# Both ends of every form that the kernel has: identity, swap-or-not (n <= 98), Feistel in bytes with tables up to 64
-# and beyond, with and without points to walk past, and in words (halves above 127: n > 16,129).
-CLASS_COUNTS = [1, 2, 3, 4, 16, 17, 33, 98, 99, 100, 101, 129, 998, 1000, 1001, 4097, 10_000, 16_129, 16_131, 20_000]
+# Both ends of every form that the kernel has: identity, swap-or-not (n <= 98), Feistel in bytes with tables of up to 64
+# entries (n <= 4096), 128 (halves up to 127: n <= 16,129) and 256 (n <= 65,025), with and without points to walk past,
+# and in words.
+CLASS_COUNTS = [1, 2, 3, 4, 16, 17, 33, 98, 99, 100, 101, 129, 998, 1000, 1001, 4097, 4098, 10_000]
+CLASS_COUNTS += [16_130, 16_131, 32_000, 65_026, 65_027]
 
 
 def mix(x: int) -> int:
@@ -71,7 +73,7 @@ def sources(classes: int, kept: int, seed: int, step: int, sample_id: int) -> li
 
 @pytest.mark.parametrize("classes", CLASS_COUNTS)
 def test_permutation_is_its_definition(classes: int) -> None:
-    rows = 3 if classes > 1000 else 21  # beyond one block of 16 rows' keys
+    rows = 1 if classes > 20_000 else 3 if classes > 1000 else 21  # beyond one block of 16 rows' keys
     seed, step = -(2**40) - 3, 2**33 + 5
     argmax = torch.tensor([(0, classes - 1, classes // 2)[i % 3] for i in range(rows)])
     ids = torch.tensor([i * 0x1_0000_0001 - 7 for i in range(rows)])

@@ -44,3 +44,17 @@ def image(x: torch.Tensor, least: int) -> None:  # [B, C, H, W]
     """ValueError unless `x` is a batch of images whose sides are at least `least` pixels."""
     if x.ndim != 4 or min(x.shape[2:]) < least:
         raise ValueError(f"images must be [B, C, H, W] with H and W at least {least}, got {list(x.shape)}")
+
+
+def tokens(x: torch.Tensor) -> None:  # [T, B]
+    """ValueError unless `x` is a window of a language model's streams: int64, of one place and one stream at least."""
+    if x.ndim != 2 or x.dtype != torch.int64 or 0 in x.shape:
+        raise ValueError(f"tokens must be int64 [T, B], T and B at least 1, got {x.dtype} {list(x.shape)}")
+
+
+def characters(x: torch.Tensor, window: int) -> None:  # [T, B, window]
+    """ValueError unless `x` is a window of streams of words, each as its characters."""
+    if x.ndim != 3 or x.dtype != torch.int64 or x.shape[2] != window or 0 in x.shape:
+        raise ValueError(
+            f"without a table, words must be int64 [T, B, {window}], their characters, got {x.dtype} {list(x.shape)}"
+        )

@@ -4,18 +4,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..errors import UserError, suggest
 from . import checks, external
+from .cnn_lstm import CnnLSTM
 from .densenet import DenseNet, densenet_bc
+from .lstm import WordLSTM
 from .small import MLP, ConvNet
 from .wide_resnet import WideResNet
 
 DEFAULT_CLASSES = 100  # CIFAR-100, the paper's main dataset
+DEFAULT_WORDS = 10_000  # Penn Treebank, its other one
 EXTERNAL = ("torchvision:{name}", "timm:{name}", "{package.module}:{factory}")
 
 
@@ -25,12 +28,16 @@ def _densenet_of_depth(depth: int, growth: int, **arguments: Any) -> DenseNet:
 
 @dataclass(frozen=True)
 class Family:
-    """Networks under one pattern, built by `build(*numbers in the name, num_classes=, in_channels=, **options)`."""
+    """Networks under one pattern, built by `build(*numbers in the name, num_classes=, in_channels=, **options)`; those
+    that read tokens have no in_channels."""
 
     build: Callable[..., nn.Module]
     options: tuple[str, ...] = ()
     needs_image_size: bool = False
+    reads: Literal["images", "tokens"] = "images"
 
+
+_CNN_LSTM_OPTIONS = ("characters", "window", "table", "layers", "dropout")
 
 FAMILIES: dict[str, Family] = {
     "wrn-{depth}-{width}": Family(WideResNet, ("dropout",)),
@@ -43,6 +50,9 @@ FAMILIES: dict[str, Family] = {
     "densenet-80-120": Family(partial(densenet_bc, 12, 120, True), ("memory", "sync_statistics")),
     "convnet-{width}": Family(ConvNet),
     "mlp-{hidden}": Family(MLP, ("image_size",), needs_image_size=True),
+    "lstm-{hidden}": Family(WordLSTM, ("layers", "dropout", "tied"), reads="tokens"),
+    "cnn-lstm": Family(CnnLSTM, _CNN_LSTM_OPTIONS, reads="tokens"),
+    "cnn-lstm-{hidden}": Family(CnnLSTM, _CNN_LSTM_OPTIONS, reads="tokens"),
 }
 
 
@@ -51,30 +61,40 @@ def names() -> list[str]:
     return [*FAMILIES, *EXTERNAL]
 
 
-def create(name: str, num_classes: int | None = None, *, in_channels: int = 3, **options: Any) -> nn.Module:
+def create(name: str, num_classes: int | None = None, *, in_channels: int | None = None, **options: Any) -> nn.Module:
     """The network called `name`, freshly initialised from torch's generator; on the meta device too.
 
-    It takes [B, in_channels, H, W] and returns logits [B, num_classes]; num_classes None is 100. `options` are those
+    It takes [B, in_channels, H, W] and returns logits [B, num_classes]; None is 3 and 100. `options` are those
     of its family: dropout (wrn), memory and sync_statistics (densenet), image_size (mlp); torchvision's and timm's go
     to their builders.
     `package.module:factory` is called with num_classes and the options, and with in_channels if it has a parameter of
-    that name. UserError for a name, an option or a value that cannot be.
+    that name.
+
+    Language models (`LanguageModel`: lstm, cnn-lstm) take tokens [T, B] and a state, and have no channels; num_classes
+    is their words, 10,000 for None.
+    UserError for a name, an option or a value that cannot be.
     """
     classes = checks.whole("num_classes", DEFAULT_CLASSES if num_classes is None else num_classes)
-    checks.whole("in_channels", in_channels)
+    channels = checks.whole("in_channels", 3 if in_channels is None else in_channels)
     source, colon, rest = name.partition(":")
     if source == "torchvision" and colon:
-        return external.torchvision(rest, classes, in_channels, options)
+        return external.torchvision(rest, classes, channels, options)
     if source == "timm" and colon:
-        return external.timm(rest, classes, in_channels, options)
+        return external.timm(rest, classes, channels, options)
     if _is_factory(name):
-        return external.custom(name, classes, in_channels, options)
+        return external.custom(name, classes, channels, options)
     family, numbers = _find(name)
     for key in options:
         if key not in family.options:
             valid = suggest(key, family.options) if family.options else "; it has none"
             raise UserError(f"{name} has no option {key!r}{valid}")
-    return family.build(*numbers, num_classes=classes, in_channels=in_channels, **options)
+    if family.reads == "tokens":
+        if in_channels is not None:
+            raise UserError(
+                f"{name} is a language model: it reads words, and images of {in_channels} channels were given"
+            )
+        return family.build(*numbers, num_classes=DEFAULT_WORDS if num_classes is None else classes, **options)
+    return family.build(*numbers, num_classes=classes, in_channels=channels, **options)
 
 
 def needs_image_size(name: str) -> bool:

@@ -20,6 +20,7 @@ EVERY = (
     "convnet-8",
     "mlp-16",
 )
+LANGUAGE_MODELS = ("lstm-{hidden}", "cnn-lstm", "cnn-lstm-{hidden}")
 SMALL = ("wrn-10-1", "densenet-bc-10-4", "convnet-8", "mlp-16")
 
 
@@ -28,7 +29,8 @@ def test_names_list_every_family():
     assert {"wrn-{depth}-{width}", "densenet-bc-{depth}-{growth}", "convnet-{width}", "mlp-{hidden}"} <= set(listed)
     assert {"densenet-112-33", "densenet-90-60", "densenet-80-80", "densenet-80-120"} <= set(listed)
     assert {"torchvision:{name}", "timm:{name}", "{package.module}:{factory}"} <= set(listed)
-    assert len(set(listed)) == len(EVERY) + 3
+    assert set(LANGUAGE_MODELS) <= set(listed)
+    assert len(set(listed)) == len(EVERY) + 3 + len(LANGUAGE_MODELS)
 
 
 @pytest.mark.parametrize("name", EVERY)

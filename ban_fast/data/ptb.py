@@ -1,0 +1,73 @@
+"""Penn Treebank as Mikolov published it (ptb.train.txt, ptb.valid.txt, ptb.test.txt), and corpora laid out alike."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from . import corpus
+from .corpus import SPLITS, Corpus, Level
+
+SUMS = {
+    "train": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
+    "valid": "aa0affc06ff7c36e977d7cd49e3839bf",
+    "test": "8b80168b89c18661a38ef683c0dc3721",
+}
+"""md5 of the published files, whose lines end in LF."""
+PLACES = (".", "ptb", "simple-examples/data")
+"""Where they may lie in a data directory; the last is how Mikolov's archive has them."""
+
+
+def load_corpus(name: str | Path, *, directory: str | Path | None = None, level: Level = "word") -> Corpus:
+    """A text in three splits as numbers.
+
+    Args:
+        name: "ptb", or a folder with train.txt, valid.txt and test.txt, as a path or as a name below `directory`.
+        directory: where "ptb" is: the files' own directory, or a parent with `ptb/` or `simple-examples/data/`. None:
+            $BAN_FAST_DATA, else ~/.cache/ban_fast.
+        level: "word" or "character": what is predicted. By words Penn Treebank has 10,000.
+
+    Raises:
+        UserError: no such corpus, a split that is missing, empty or not UTF-8, a file of "ptb" that is not the
+            published one. Lines may end in CRLF.
+    """
+    if level not in ("word", "character"):
+        raise UserError(f"level must be 'word' or 'character', got {level!r}")
+    root = Path(directory or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
+    if str(name) == "ptb":
+        return _ptb(root, level)
+    candidates = (Path(name).expanduser(), root / name)
+    place = next((path for path in candidates if path.is_dir()), None)
+    if place is None:
+        raise UserError(f"no directory {name}; name 'ptb', or a folder with {_listed(corpus.files(Path()))}")
+    paths = corpus.files(place)
+    texts = corpus.contents(paths, f"a corpus is a folder with {_listed(paths)}")
+    return corpus.read(str(name), texts, paths, level)
+
+
+def _ptb(root: Path, level: Level) -> Corpus:
+    place = next((root / p for p in PLACES if any(path.is_file() for path in _files(root / p).values())), None)
+    if place is None:
+        raise UserError(
+            f"ptb is not in {root}; put {_listed(_files(root))} of Mikolov's simple-examples there, "
+            "or name their directory"
+        )
+    paths = _files(place)
+    texts = corpus.contents(paths, "complete it with Mikolov's simple-examples")
+    for split in SPLITS:
+        found = hashlib.md5(texts[split].replace(b"\r\n", b"\n"), usedforsecurity=False).hexdigest()
+        if found != SUMS[split]:
+            raise UserError(
+                f"{paths[split]} has md5 {found}, not the published {SUMS[split]}; replace it, "
+                f"or name a folder with {_listed(corpus.files(place))} to train on another text"
+            )
+    return corpus.read("ptb", texts, paths, level)
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    return {split: directory / f"ptb.{split}.txt" for split in SPLITS}
+
+
+def _listed(paths: dict[str, Path]) -> str:
+    train, valid, test = (path.name for path in paths.values())
+    return f"{train}, {valid} and {test}"

@@ -1,0 +1,87 @@
+"""Windows of parallel streams: which token goes where, and that none is lost or predicted twice."""
+
+import os
+
+import pytest
+import torch
+
+from ban_fast.data import StreamLoader, load_corpus
+from ban_fast.errors import OptionError
+
+TEXT = torch.arange(1000)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("length", [1, 7, 31])
+def test_training_windows_are_full_and_streams_go_on(batch: int, length: int) -> None:
+    loader = StreamLoader(TEXT, batch_size=batch, length=length)
+    windows = list(loader.epoch())
+    assert len(windows) == loader.steps_per_epoch == 999 // batch // length
+    assert all(window.tokens.shape == window.targets.shape == (length, batch) for window in windows)
+    assert all(torch.equal(window.targets, window.tokens + 1) for window in windows)
+    assert [window.first for window in windows] == [i * length for i in range(len(windows))]
+    streams = torch.cat([window.tokens for window in windows])
+    starts = torch.arange(batch) * (999 // batch)
+    assert torch.equal(streams, starts + torch.arange(len(streams))[:, None])
+    assert loader.targets_per_epoch == streams.numel()
+
+
+@pytest.mark.parametrize("size", [2, 34, 35, 36, 1000])
+@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("length", [1, 7, 35])
+def test_evaluation_asks_for_every_token_once(size: int, batch: int, length: int) -> None:
+    if size - 1 < batch:
+        return
+    loader = StreamLoader(TEXT[:size], batch_size=batch, length=length, training=False)
+    windows = list(loader.epoch())
+    assert len(windows) == loader.steps_per_epoch
+    tokens, targets = (torch.cat([getattr(w, name) for w in windows]) for name in ("tokens", "targets"))
+    kept = targets != -100
+    assert torch.equal(targets.t()[kept.t()], TEXT[1:size])  # in the text's order, stream after stream
+    assert torch.equal(targets[kept], tokens[kept] + 1)
+    assert loader.targets_per_epoch == kept.sum() == size - 1
+    if batch == 1:
+        assert kept.all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_epoch_goes_on_from_any_window(training: bool) -> None:
+    loader = StreamLoader(TEXT, batch_size=3, length=7, training=training)
+    windows = list(loader.epoch())
+    for start in (0, 5, len(windows)):
+        rest = list(loader.epoch(start))
+        assert len(rest) == len(windows) - start
+        for value, expected in zip(rest, windows[start:], strict=True):
+            assert value.first == expected.first
+            assert torch.equal(value.tokens, expected.tokens)
+            assert torch.equal(value.targets, expected.targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "message"),
+    [
+        ({"batch_size": 100}, "batch_size", "100 streams of 35 .* wider than the text, which has 1000; use 28 at most"),
+        ({"batch_size": 1, "length": 1000}, "batch_size", "has 1000; use a longer text, or windows shorter than 1000"),
+        ({"batch_size": 1000, "training": False}, "batch_size", "1000 streams of 1 .*; use 999 at most"),
+        ({"batch_size": 0}, "batch_size", "must be at least 1, got 0"),
+        ({"batch_size": 1, "length": 0}, "length", "must be at least 1, got 0"),
+    ],
+)
+def test_a_batch_wider_than_the_text(options: dict[str, int], field: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        StreamLoader(TEXT, **options)  # type: ignore[arg-type]
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+    StreamLoader(TEXT, batch_size=28)
+    StreamLoader(TEXT, batch_size=999, training=False)
+
+
+def test_steps_of_the_papers_recipes() -> None:
+    directory = os.environ.get("BAN_FAST_DATA")
+    if not directory or not os.path.isdir(os.path.join(directory, "ptb")):
+        pytest.skip("BAN_FAST_DATA names no directory with Penn Treebank in ptb/")
+    corpus = load_corpus("ptb", directory=directory)
+    assert StreamLoader(corpus.train, batch_size=32).steps_per_epoch == 829
+    assert StreamLoader(corpus.train, batch_size=20).steps_per_epoch == 1327
+    test = StreamLoader(corpus.test, batch_size=20, training=False)
+    assert test.targets_per_epoch == 82_429

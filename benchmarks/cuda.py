@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Case
 from benchmarks.harness import Lap, calls_for
@@ -110,6 +112,21 @@ def peak_bytes(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return float(torch.cuda.max_memory_allocated() - before)
+
+
+def kernels(call: Callable[[], object]) -> dict[str, float]:
+    """How many kernels one call launches, and the milliseconds they run: what is left of its time is launching.
+
+    Nothing where the profiler cannot be used, as in most containers without CUPTI.
+    """
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            call()
+            torch.cuda.synchronize()
+        times = [event.device_time for event in found.events() if event.device_type == DeviceType.CUDA]
+    except RuntimeError:
+        return {}
+    return {"kernels": len(times), "kernel_ms": sum(times) * 1e-3} if times else {}
 
 
 def _on_side_stream(call: Callable[[], object], times: int) -> None:

@@ -41,7 +41,7 @@ class Timing:
     calls: int
     """Calls a lap."""
     extra: dict[str, float] = field(default_factory=dict)
-    """page_faults: a call's; peak_bytes: beyond inputs."""
+    """page_faults: a call's; peak_bytes: beyond inputs; kernels, kernel_ms: a call's, on a GPU."""
 
     def to_dict(self) -> dict[str, Any]:
         p20, median, p80 = quantiles(self.laps)

@@ -212,7 +212,10 @@ def _extra(
     assert candidate.step is not None
     call = one_call(candidate.step, sets)
     if device.type == "cuda":
-        return {"peak_bytes": cuda.peak_bytes(call)} if setting == cuda.PLAIN else {}
+        if setting != cuda.PLAIN:
+            return {}
+        watched = cuda.kernels(call) if candidate.provider.kind == "ban_fast" else {}
+        return {"peak_bytes": cuda.peak_bytes(call), **watched}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
         call()

@@ -69,7 +69,7 @@ def _ours(objective: Objective, device: str) -> list[Provider]:
                 name=f"ban_fast {backend}",
                 kind="ban_fast",
                 loss="kl",
-                build=partial(_public, objective, backend),
+                build=partial(public_step, objective, backend),
                 absent=problem,
             )
         )
@@ -84,7 +84,8 @@ def _module(objective: Objective, backend: str) -> torch.nn.Module:
     return KDLoss(label_weight=1.0 if objective == "kd_labels" else 0.0, backend=backend)
 
 
-def _public(objective: Objective, backend: str) -> Step:
+def public_step(objective: Objective, backend: str) -> Step:
+    """Ours, as a user calls it."""
     module = _module(objective, backend)
     steps: dict[Objective, Step] = {
         "kd": lambda x: (module(x.student, x.teacher), None),

@@ -134,15 +134,14 @@ def check(name: str, command: list[str], ends: float = math.inf) -> Check:
         return _outcome(name, "left out: the run's time was over", passed=True)
     try:
         answer = _run(command, limit)
-    except subprocess.TimeoutExpired:
-        return _outcome(name, f"not done within {limit:.0f} s", passed=False)
+    except subprocess.TimeoutExpired as error:
+        return _outcome(name, f"not done within {limit:.0f} s ({_last(error.output)})", passed=False)
     except OSError as error:
         return _outcome(name, f"could not be started: {error}", passed=False)
-    last = answer.stdout.strip().splitlines()[-1:] or ["no output"]
     if answer.returncode:
         print(answer.stdout, file=sys.stderr)
     verdict = "passed" if answer.returncode == 0 else f"failed, status {answer.returncode}"
-    outcome = f"{verdict}, {time.monotonic() - start:.0f} s ({last[0].strip(' =')})"
+    outcome = f"{verdict}, {time.monotonic() - start:.0f} s ({_last(answer.stdout)})"
     return _outcome(name, outcome, passed=answer.returncode == 0)
 
 
@@ -153,10 +152,17 @@ def _run(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
     ) as process:
         try:
             output, _ = process.communicate(timeout=limit)
-        except BaseException:
+        except BaseException as error:
             os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                error.output = process.communicate()[0]
             raise
     return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def _last(output: str | None) -> str:
+    """The last line, without pytest's rule."""
+    return ((output or "").strip().splitlines() or ["no output"])[-1].strip(" =")
 
 
 def _outcome(name: str, outcome: str, *, passed: bool) -> Check:

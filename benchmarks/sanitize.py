@@ -1,35 +1,74 @@
-"""Every loss of every backend for GPUs on a few small shapes, for compute-sanitizer to watch.
+"""Every loss of every backend for GPUs on a few small shapes, and what reads out of bounds if anything does.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitize
+
+Without the caching allocator every tensor has an allocation of its own, whose ends compute-sanitizer knows.
 """
 
-import torch
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-from benchmarks.cases import TITLE, Case, Dtype
+import torch
+from torch import Tensor
+
+from ban_fast.backends import dispatch
+from ban_fast.losses import cwtm_loss, dkpp_loss, kd_loss
+from benchmarks.cases import TITLE, Case, Dtype, Shape
 from benchmarks.gate import gradient
 from benchmarks.inputs import make_inputs
-from benchmarks.providers import providers
+from benchmarks.providers import public_step
 
 # A warp and less a row, tails for every vector width, a row on chip and one that is read twice or shared by a cluster.
-SHAPES = ((5, 3), (128, 10), (33, 101), (4, 4099), (2, 70001))
+SHAPES: tuple[Shape, ...] = ((5, 3), (128, 10), (33, 101), (4, 4099), (2, 70001))
 
 
-def main() -> None:
-    device = torch.device("cuda")
+def main(device: torch.device, shapes: Sequence[Shape]) -> None:
+    names = [name for name, problem in dispatch.available(device.type).items() if problem is None]
+    for backend in names:
+        if backend == "reference" or (backend == "native" and device.type == "cpu"):
+            continue
+        for shape in shapes:
+            losses(backend, device, shape)
+            edges(backend, device, shape)
+        print(f"{backend}: {len(shapes)} shapes", flush=True)
+
+
+def losses(backend: str, device: torch.device, shape: Shape) -> None:
+    """All of them, forward and backward; AssertionError where anything is not finite."""
     dtypes: tuple[Dtype, ...] = ("fp32", "bf16")
     for objective in TITLE:
         for dtype in dtypes:
-            for provider in providers(objective, dtype, "cuda", autotune=False):
-                if provider.kind != "ban_fast" or provider.absent is not None or provider.name.endswith("reference"):
-                    continue
-                step = provider.build()
-                for rows, classes in SHAPES:
-                    case = Case(objective=objective, rows=rows, classes=classes, dtype=dtype)
-                    loss, grad, _ = gradient(step, make_inputs(case, "random", device, seed=0))
-                    torch.cuda.synchronize()
-                    assert torch.cat([loss.reshape(1), grad.reshape(-1)]).isfinite().all(), (provider.name, case)
-                print(f"{provider.name}: {objective} {dtype}")
+            case = Case(objective=objective, rows=shape[0], classes=shape[1], dtype=dtype)
+            loss, grad, _ = gradient(public_step(objective, backend), make_inputs(case, "random", device, seed=0))
+            assert torch.cat([loss.reshape(1), grad.reshape(-1)]).isfinite().all(), (backend, case)
+
+
+def edges(backend: str, device: torch.device, shape: Shape) -> None:
+    """Rows that name a label or a teacher row that is not there, in columns apart: NaN there, and no gradient."""
+    rows, classes = shape
+    student = torch.randn(classes, rows, device=device).t().requires_grad_()
+    teacher = torch.randn(rows + 1, 2 * classes, device=device, dtype=torch.float16)[:, ::2]
+    indices = torch.arange(rows, device=device)
+    labels, teacher_rows = indices % classes, indices.clone()
+    labels[0], teacher_rows[-1] = classes, -1
+    arguments: dict[str, Any] = {"teacher_rows": teacher_rows, "backend": backend}
+    each: dict[str, Any] = {"label_weight": 0.5, "reduction": "none", **arguments}
+    for loss in (kd_loss(student, teacher, labels, **each), dkpp_loss(student, teacher, labels, **each)):
+        assert loss.isnan().nonzero().flatten().tolist() == [0, rows - 1], loss
+        _assert_no_gradient(loss.sum(), student)
+    loss = cwtm_loss(student, teacher, labels, **arguments)
+    assert loss.isnan(), "CWTM hides a label that is not there"
+    _assert_no_gradient(loss, student)
+
+
+def _assert_no_gradient(loss: Tensor, student: Tensor) -> None:
+    """In the first row and the last."""
+    (grad,) = torch.autograd.grad(loss, student)
+    assert not grad[[0, -1]].any(), "a row that is out of range has a gradient"
 
 
 if __name__ == "__main__":
-    main()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.sanitize needs a GPU")
+    main(torch.device("cuda"), SHAPES)

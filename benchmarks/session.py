@@ -27,7 +27,7 @@ DEFAULT, TUNED = "default malloc", "tuned malloc"
 TUNING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_TOP_PAD_": str(2**26)}
 CASE_SECONDS = {"cpu": 2.0, "cuda": 1.0}
 # Without a sign of life: compiling for a CPU takes half a minute, max-autotune on a GPU less.
-SILENCE = {"cpu": 300.0, "cuda": 60.0}
+SILENCE = {"cpu": 300.0, "cuda": 90.0}
 
 
 class OutOfTime(Exception):

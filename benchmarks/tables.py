@@ -110,7 +110,7 @@ def case_table(figures: Figures, case: Case) -> str:
     head = ["", "loss, gradient off at random", "off near the teacher"]
     for setting in records:
         head += [f"{setting}: ms (p20 to p80)", "GB/s", *(f"of {stream}" for stream in STREAMS), "best other / this"]
-        head += ["peak MB"] if _has_peaks(records) else []
+        head += ["peak MB", "kernels"] if _has_peaks(records) else []
     gpu = _has_peaks(records)
     rows = []
     for name in names:
@@ -137,7 +137,7 @@ def _cells(record: Record, name: str, verdict: str | None, gpu: bool) -> list[st
     entry = record["providers"][name]
     if entry["time"] is None:
         why = verdict or (entry["refused"] and f"no time: {entry['refused']}") or f"failed: {entry['failed']}"
-        return [why, *[""] * (len(STREAMS) + 2 + gpu)]
+        return [why, *[""] * (len(STREAMS) + 2 + 2 * gpu)]
     time, speed = entry["time"], gb_s(record, name)
     other = best(record, PEERS)
     fastest = None if other is None else milliseconds(record, other)
@@ -145,7 +145,10 @@ def _cells(record: Record, name: str, verdict: str | None, gpu: bool) -> list[st
     cells = [f"{_ms(time['ms'])} ({_ms(time['p20_ms'])} to {_ms(time['p80_ms'])})", f"{speed:.3g}"]
     cells += [_percent(share(record, stream, name)) for stream in STREAMS]
     cells.append(_times(None if fastest is None else fastest / time["ms"]))
-    return cells + ([f"{time['peak_bytes'] / 1e6:.4g}" if "peak_bytes" in time else ""] if gpu else [])
+    if gpu:
+        cells.append(f"{time['peak_bytes'] / 1e6:.4g}" if "peak_bytes" in time else "")
+        cells.append(f"{time['kernels']:.0f}, {_ms(time['kernel_ms'])} ms" if "kernels" in time else "")
+    return cells
 
 
 def _on_front_page(measured: Sequence[Results]) -> str:

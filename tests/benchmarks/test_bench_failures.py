@@ -1,6 +1,7 @@
 """What fails is a line in the results, and the rest goes on."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -215,7 +216,7 @@ def test_a_run_in_which_everything_fails(gpu: Any, monkeypatch: pytest.MonkeyPat
         if "racecheck" in command:
             raise OSError("no such file")
         if "memcheck" in command:
-            raise subprocess.TimeoutExpired(command, limit)
+            raise subprocess.TimeoutExpired(command, limit, "....F.. [ 34%]\n")
         return subprocess.CompletedProcess(command, 1, "1 failed, 2 passed in 3 s\n")
 
     def cases(case: Case) -> list[dict[str, Any]]:
@@ -230,7 +231,7 @@ def test_a_run_in_which_everything_fails(gpu: Any, monkeypatch: pytest.MonkeyPat
     assert [each["passed"] for each in results["checks"]] == [False] * 5
     for line in (
         "- GPU tests: failed, status 1",
-        "- memcheck: not done within 60 s",
+        "- memcheck: not done within 60 s (....F.. [ 34%])",
         "- racecheck: could not be started: no such file",
         "- KD [8192, 128256] bf16, random logits: cuda: CUDA out of memory",
         "- for want of time",
@@ -259,11 +260,24 @@ def test_a_run_that_is_killed_leaves_what_it_had(gpu: Any, tmp_path: Path, monke
 
 
 def test_checks_end_in_time_with_their_children() -> None:
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    with pytest.raises(subprocess.TimeoutExpired):
-        report._run([sys.executable, "-c", code], 0.5)
+    code = "import subprocess; print('so far', flush=True); subprocess.run(['sleep', '60'])"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        report._run([sys.executable, "-c", code], 1.0)
+    assert report._last(caught.value.output) == "so far"
     done = report.check("build", ["true"], ends=0.0)
     assert done == {"name": "build", "passed": True, "outcome": "left out: the run's time was over"}
+
+
+def test_what_the_sanitizer_watches_holds_by_itself() -> None:
+    """Shown by the one backend for GPUs that runs without one, in Triton's interpreter: in a process of its own."""
+    pytest.importorskip("triton", reason="Triton is not installed (it comes with torch where torch is built for CUDA)")
+    code = "import torch; from benchmarks.sanitize import main; main(torch.device('cpu'), [(3, 2), (4, 33)])"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=report.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "triton: 2 shapes\n"
 
 
 def test_settings_of_a_gpu() -> None:

@@ -45,13 +45,15 @@ def test_a_case_shows_times_reasons_and_ratios() -> None:
     assert lines["Liger KLDIV"][2] == "absent: liger-kernel is not installed"
 
 
-def test_peak_memory_is_a_column_on_a_gpu() -> None:
+def test_peak_memory_and_kernels_are_columns_on_a_gpu() -> None:
     r = record(cuda.PLAIN)
-    r["providers"]["ban_fast native"]["time"]["peak_bytes"] = 44.8e6
+    r["providers"]["ban_fast native"]["time"] |= {"peak_bytes": 44.8e6, "kernels": 1.0, "kernel_ms": 0.0123}
     figures = Figures([r])
     text = tables.case_table(figures, figures.cases()[0])
     assert "peak MB" in text
-    assert "44.8 |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| ban_fast native")]
+    assert [cell.strip() for cell in line.split("|")[-3:-1]] == ["44.8", "1, 0.0123 ms"]
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
 def test_targets_are_judged() -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Case
@@ -123,7 +122,7 @@ def kernels(call: Callable[[], object]) -> dict[str, float]:
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             call()
             torch.cuda.synchronize()
-        times = [event.device_time for event in found.events() if event.device_type == DeviceType.CUDA]
+        times = [event.device_time for event in found.events() if event.device_type.name == "CUDA"]
     except RuntimeError:
         return {}
     return {"kernels": len(times), "kernel_ms": sum(times) * 1e-3} if times else {}

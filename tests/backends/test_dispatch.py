@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import timeit
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_backends_by_name_on_the_cpu() -> None:
         assert dispatch.resolve("native", loss, LOGITS) is native
     with pytest.raises(ValueError, match=r"backend: 'native' is not available for 'meta' tensors: it serves CPU and"):
         dispatch.resolve("native", "kd", LOGITS.to("meta"))
+
+
+@pytest.mark.slow
+def test_resolving_is_cheap() -> None:
+    """0.45 us of the 40 us of a call at [128, 100]; the best of many, since other work comes between."""
+    logits = torch.empty(128, 100)
+    times = timeit.repeat(lambda: dispatch.resolve("auto", "kd", logits), number=1000, repeat=50)
+    assert min(times) < 2e-3
 
 
 def test_unknown_names_are_refused() -> None:

@@ -73,7 +73,7 @@ def assert_same(
 @pytest.fixture
 def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two images at a time, as at full size."""
-    monkeypatch.setattr(dense_shape, "CHUNK_PIXELS", 1)
+    monkeypatch.setattr(dense_shape, "CHUNK_ELEMENTS", 1)
 
 
 def test_one_state_dict():

@@ -69,7 +69,7 @@ def measure(directory: Path, commit: str | None, minutes: float | None) -> bool:
     print(tables.caption(described | {"complete": True}))
     done = [build()]
     if device == "cuda":
-        done.append(check("GPU tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu"], ends))
+        done.append(check("GPU tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow"], ends))
     last = ends - 60 * SANITIZER_MINUTES if device == "cuda" and shutil.which(SANITIZER) else ends
     left = (last - time.monotonic()) / 60
     with Run(device, full=True, minutes=None if left == math.inf else (left - 0.5, left)) as run:

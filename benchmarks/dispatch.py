@@ -41,6 +41,9 @@ REPEATS = 5
 CLEAR = 4.0
 """A reference that is slower by this factor, and slow, is not called again."""
 
+NOT_OF_LOSSES = {"images"}
+"""Native sources that no loss is computed by."""
+
 Cell = dict[str, Any]
 
 
@@ -194,7 +197,8 @@ def sources(device: str) -> list[Path]:
         patterns.append("ban_fast/backends/native.py")
     else:
         patterns += ["ban_fast/backends/native_cuda.py", "ban_fast/backends/triton/*.py"]
-    return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
+    found = (path for pattern in patterns for path in ROOT.glob(pattern))
+    return sorted(path for path in found if path.is_file() and path.stem not in NOT_OF_LOSSES)
 
 
 def write(path: Path, devices: dict[str, Any]) -> None:

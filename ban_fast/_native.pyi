@@ -14,6 +14,10 @@ Options = tuple[float, float, float, bool, bool, int]
 """Temperature, kd_weight, label_weight, whether cross-entropy, scale_t2, reduction code."""
 Result = tuple[int, int, int, int, int]
 """Addresses of loss, kd, label, gradient and grad_scale (0: not wanted)."""
+Stored = tuple[int, int, int, int, int, int, int]
+"""Addresses of pixels, height, width, channels, addresses of ys and xs, columns: as csrc/images.h."""
+Shown = tuple[int, int, int, int, int, int, int]
+"""Address, bytes of a word, images, strides in words of image, channel, row and column."""
 Offence = tuple[int, int]
 """(0, 0), or which index is out of range (1: labels, 2: teacher_rows) and in which row."""
 
@@ -45,6 +49,8 @@ def dkpp_permutation(argmax: int, rows: int, classes: int, permutation: Key, sou
 def scale_gradient(
     gradient: int, dtype: int, rows: int, classes: int, factors: int, factor_stride: int, scale: float, threads: int
 ) -> None: ...
+def show_views(stored: Stored, rows: int, views: int, words: int, shown: Shown, threads: int) -> None: ...
+
 class PooledMemory:
     """At least so many bytes of the pool's memory, which go back to it when this object ends. ValueError where
     BAN_FAST_POOL_MIB is no number."""

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/pool.h"
+#include "images.h"
 #include "losses.h"
 #ifdef BAN_FAST_WITH_CUDA
 #include "cuda/info.h"
@@ -123,6 +124,21 @@ void scale_gradient(Address gradient, int dtype, std::int64_t rows, std::int64_t
   });
 }
 
+using StoredArgs = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, Address, Address, std::int64_t>;
+using ShownArgs = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+void show_views(const StoredArgs& from, Address rows, Address views, Address words, const ShownArgs& to, int threads) {
+  const auto [pixels, height, width, channels, ys, xs, columns] = from;
+  const auto [images, word, count, image_stride, channel_stride, row_stride, column_stride] = to;
+  const ban_fast::Stored stored{at<const std::uint8_t>(pixels), height, width, channels, at<const std::int32_t>(ys),
+                                at<const std::int32_t>(xs), columns};
+  const ban_fast::Shown shown{at<void>(images), word, count, image_stride, channel_stride, row_stride, column_stride};
+  without_gil(count * height * width * channels, [&] {
+    ban_fast::show_views(stored, at<const std::int64_t>(rows), at<const std::int64_t>(views), at<const void>(words),
+                         shown, threads);
+  });
+}
+
 // The block's bytes, for torch.frombuffer: its tensor keeps the object, and so the block, as long as any storage does.
 py::buffer_info bytes_of(ban_fast::PooledMemory& block) {
   return py::buffer_info(static_cast<std::uint8_t*>(block.data()), py::ssize_t(block.size()));
@@ -156,6 +172,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("dkpp_targets", &dkpp_targets);
   m.def("dkpp_permutation", &dkpp_permutation);
   m.def("scale_gradient", &scale_gradient);
+  m.def("show_views", &show_views);
   py::class_<ban_fast::PooledMemory>(m, "PooledMemory", py::buffer_protocol(),
                                      "Memory of the pool for gradients, with the buffer protocol; its size in bytes.")
       .def(py::init<std::size_t>())

@@ -57,24 +57,15 @@ class Cropper:
     def __init__(self, augmentation: Augmentation, shape: Shape, device: torch.device) -> None:
         """For images of `shape` that lie on `device`."""
         height, width, _ = shape
-        p = augmentation.padding
-        if augmentation.fill == "reflect" and p >= min(height, width):
-            raise UserError(
-                f"images of {height} x {width} pixels cannot be padded by reflecting {p} of them; "
-                "use padding 'zero' or no cropping"
-            )
         self._shape = shape
         self._row_step = height * width
-        ys = _offsets(height, p, device)  # [2p+1, H]
-        xs = _offsets(width, p, device)  # [2p+1, W]
-        if augmentation.flip:
-            xs = torch.stack([xs, xs.flip(1)], 1).reshape(-1, width)  # [2(2p+1), W]: dx, then flipped
+        ys, xs = (each.to(device) for each in sources(augmentation, shape))
         self._columns = len(xs)
         self._inside: tuple[Tensor, Tensor] | None = None
-        if augmentation.fill == "zero" and p:
-            self._inside = (_inside(ys, height), _inside(xs, width))
-        self._ys = _reflect(ys, height) * width
-        self._xs = _reflect(xs, width)
+        if augmentation.fill == "zero" and augmentation.padding:
+            self._inside = ys.ge(0).to(torch.uint8), xs.ge(0).to(torch.uint8)
+        self._ys = ys.clamp(min=0) * width
+        self._xs = xs.clamp(min=0)
 
     def __call__(self, images: Tensor, rows: Tensor, views: Tensor) -> Tensor:
         """View `views[i]` of `images[rows[i]]`: uint8 [N, H, W, C], int64 [B], int64 [B] -> uint8 [B, H, W, C]."""
@@ -119,18 +110,32 @@ class Normalizer:
         return pixels.view(b, h, w, c).permute(0, 3, 1, 2).contiguous(memory_format=self._format)
 
 
-def _offsets(size: int, padding: int, device: torch.device) -> Tensor:
+def sources(augmentation: Augmentation, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Which row and column of an image each of a view's comes from, -1 for black: int64 [Y, H] and [X, W].
+
+    View v has rows `v // X` of the one and `v % X` of the other.
+    """
+    height, width, _ = shape
+    p = augmentation.padding
+    if augmentation.fill == "reflect" and p >= min(height, width):
+        raise UserError(
+            f"images of {height} x {width} pixels cannot be padded by reflecting {p} of them; "
+            "use padding 'zero' or no cropping"
+        )
+    ys, xs = (_filled(_offsets(size, p), size, augmentation.fill) for size in (height, width))  # [2p+1, H], [2p+1, W]
+    if augmentation.flip:
+        xs = torch.stack([xs, xs.flip(1)], 1).reshape(-1, width)  # [2(2p+1), W]: dx, then flipped
+    return ys, xs
+
+
+def _offsets(size: int, padding: int) -> Tensor:
     """Where each pixel of each crop comes from, before the borders are seen to: [2p+1, size], -p..size-1+p."""
-    shift = torch.arange(-padding, padding + 1, device=device)
-    return shift[:, None] + torch.arange(size, device=device)
+    return torch.arange(-padding, padding + 1)[:, None] + torch.arange(size)
 
 
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices beyond either border mirrored about it; where nothing can be mirrored so far, the border itself."""
+def _filled(index: Tensor, size: int, fill: Fill) -> Tensor:
+    """Indices beyond either border mirrored about it, or -1."""
+    if fill == "zero":
+        return torch.where((index < 0) | (index >= size), -1, index)
     index = index.abs()
-    index = torch.where(index >= size, 2 * (size - 1) - index, index)
-    return index.clamp(0, size - 1)
-
-
-def _inside(index: Tensor, size: int) -> Tensor:
-    return ((index >= 0) & (index < size)).to(torch.uint8)
+    return torch.where(index >= size, 2 * (size - 1) - index, index)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import keyed
-from .augment import Augmentation, Cropper, Normalizer
+from .augment import Augmentation
 from .dataset import AnySplit, Split
+from .viewer import viewer
 
 
 class Batch(NamedTuple):
@@ -167,8 +168,9 @@ class ImageLoader(KeyedLoader, Generic[AnySplit]):
             raise ValueError(f"mean and std must have {channels} values each, got {len(mean)} and {len(std)}")
         self.augmentation = augmentation
         self.sample_shape = (channels, height, width)
-        self._crop = Cropper(augmentation, split.shape, device) if augmentation is not None else None
-        self._normalise = Normalizer(mean, std, width, device=device, dtype=dtype, channels_last=channels_last)
+        self._show = viewer(
+            augmentation, split.shape, mean, std, device=device, dtype=dtype, channels_last=channels_last
+        )
         self._open(split)
 
     def _open(self, split: AnySplit) -> None:
@@ -190,8 +192,4 @@ class MemoryLoader(ImageLoader[Split]):
 
     def _images(self, order: Tensor, views: Tensor, parts: list[slice]) -> Generator[Tensor, None, None]:
         for part in parts:
-            if self._crop is None:
-                cut = self._stored.index_select(0, order[part])
-            else:
-                cut = self._crop(self._stored, order[part], views[part])
-            yield self._normalise(cut)
+            yield self._show(self._stored, order[part], views[part])

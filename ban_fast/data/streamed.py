@@ -46,9 +46,7 @@ class StreamedLoader(ImageLoader[StoredSplit]):
         with closing(self._stored([ids[part] for part in parts])) as batches:
             for part, stored in zip(parts, batches, strict=True):
                 images = stored.to(self._device, non_blocking=True)
-                if self._crop is not None:
-                    images = self._crop(images, self._rows[: len(images)], views[part])
-                yield self._normalise(images)
+                yield self._show(images, self._rows[: len(images)], views[part])
 
     def _stored(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:  # [B] each -> uint8 [B, H, W, C] each
         """The images of each batch of sample ids, on the CPU; pinned where the device is a GPU."""
@@ -95,8 +93,8 @@ class FFCVLoader(StreamedLoader):
         stream = self._split.beton.reader(self._batch_size).stream(torch.cat(batches))
         with closing(stream):
             for slot in stream:
-                # FFCV fills the slot anew while the next batch is asked for. On the CPU the crop or the normalisation
-                # has copied it by then; a copy to a GPU may still be under way, and so is made from memory of its own.
+                # FFCV fills the slot anew when the next batch is asked for. On a CPU, what is shown is a copy by then;
+                # the copy to a GPU may still be under way, and so is made from memory of its own.
                 images = torch.from_numpy(slot)
                 if self._device.type == "cuda":
                     images = torch.empty_like(images, pin_memory=True).copy_(images)

@@ -1,0 +1,254 @@
+"""`python -m benchmarks.densenet`: training steps of DenseNets in every memory, beside torch.compile and torchvision.
+
+Forward, cross-entropy and backward, without the optimizer. For time all providers take turns in one process, A, B, C,
+A, B, C. For memory each has a fresh process: what autograd saved (bytes of storages), what the process (on a GPU: the
+allocator) held between forward and backward beyond what it held before, and the most that it held at once.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ban_fast import models
+from benchmarks import machine
+from benchmarks.harness import quantiles
+
+NETWORKS = ("densenet-bc-100-12", "densenet-112-33", "densenet-90-60", "densenet-80-80")
+PROVIDERS = ("plain", "plain channels_last", "compile", "checkpoint", "shared", "torchvision memory_efficient")
+ROUNDS = 7
+# Off plain's gradient of all parameters, in the 2-norm: fp32 rounded through a hundred layers, or bf16's 8 bits.
+LIMITS = {False: 1e-3, True: 0.3}
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a batch and an arithmetic."""
+
+    network: str
+    batch: int
+    amp: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.network}, batch {self.batch}, {'bf16 autocast' if self.amp else 'fp32'}"
+
+
+def cases(device: str) -> list[Case]:
+    """The CPU's target, or everything at two batches on a GPU."""
+    if device == "cpu":
+        return [Case(NETWORKS[0], 32), Case(NETWORKS[0], 32, True)]
+    return [Case(network, batch, amp) for network in NETWORKS for batch in (64, 128) for amp in (False, True)]
+
+
+class Step:
+    """One provider's training step, on the same images and from the same seed as every other's."""
+
+    def __init__(self, provider: str, case: Case, device: str) -> None:
+        self.case, self.device = case, device
+        memory = provider if provider in ("checkpoint", "shared") else "plain"
+        torch.manual_seed(0)
+        self.network = models.create(case.network, memory=memory).to(device)
+        self.images = torch.randn(case.batch, 3, 32, 32, device=device)
+        self.labels = torch.randint(100, (case.batch,), device=device)
+        if provider == "plain channels_last" or (device == "cuda" and provider != "plain"):
+            self.network.to(memory_format=torch.channels_last)
+            self.images = self.images.to(memory_format=torch.channels_last)
+        self.run: Callable[[Tensor], Tensor] = self.network
+        if provider == "compile":
+            self.run = torch.compile(self.network, dynamic=False)
+        elif provider.startswith("torchvision"):
+            self.run = torchvision_network(self.network)
+
+    def forward(self) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.case.amp):
+            return F.cross_entropy(self.run(self.images).float(), self.labels)
+
+    def gradient(self) -> Tensor:
+        """Of every parameter, flat."""
+        self.lap()
+        grads = (parameter.grad for parameter in self.network.parameters())
+        return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+    def lap(self) -> float:
+        """Seconds of a step. Gradients are made anew in each, not added."""
+        self.network.zero_grad(set_to_none=True)
+        self._wait()
+        start = time.perf_counter()
+        self.forward().backward()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def torchvision_network(ours: models.DenseNet) -> nn.Module:
+    """torchvision's DenseNet of our widths, with the weights of `ours` and blocks in its memory_efficient form."""
+    from torchvision.models import DenseNet
+
+    growth = ours.blocks[0][0].grow.conv.out_channels
+    units = tuple(len(block) for block in ours.blocks)
+    theirs = DenseNet(
+        growth, units, ours.stem.out_channels, num_classes=ours.classifier.out_features, memory_efficient=True
+    )
+    theirs.features.conv0 = ours.stem  # theirs is for ImageNet: 7x7, and pooling
+    for name in ("norm0", "relu0", "pool0"):
+        setattr(theirs.features, name, nn.Identity())
+    for i, block in enumerate(ours.blocks):
+        for layer, unit in zip(getattr(theirs.features, f"denseblock{i + 1}").children(), block, strict=True):
+            layer.norm1, layer.conv1 = unit.reduce.norm, unit.reduce.conv
+            layer.norm2, layer.conv2 = unit.grow.norm, unit.grow.conv
+    for i, transition in enumerate(ours.transitions):
+        if i + 1 < len(units):
+            theirs.features.get_submodule(f"transition{i + 1}").norm = transition.norm
+            theirs.features.get_submodule(f"transition{i + 1}").conv = transition.conv
+    last = ours.norm
+    if len(ours.transitions) == len(units):  # a third one, that does not pool
+        last = nn.Sequential(ours.transitions[-1].norm, nn.ReLU(inplace=True), ours.transitions[-1].conv, ours.norm)
+    theirs.features.norm5, theirs.classifier = last, ours.classifier
+    return theirs.to(ours.stem.weight.device)
+
+
+def saved_bytes(step: Step) -> int:
+    """Bytes that autograd holds after forward: every storage once, parameters and buffers not at all."""
+    own = {t.untyped_storage().data_ptr() for t in (*step.network.parameters(), *step.network.buffers(), step.images)}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step.forward()
+    assert loss.requires_grad  # alive until here: no storage was freed and its address counted once for two
+    return sum(held.values())
+
+
+def memory(provider: str, case: Case, device: str) -> Entry:
+    """Bytes held between forward and backward, and at most; in a fresh process, after a step that builds its caches."""
+    step = Step(provider, Case(case.network, 2, case.amp), device)  # small: little of what it frees can be used again
+    step.lap()
+    step = Step(provider, case, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = _held(device)
+    loss = step.forward()
+    held = _held(device) - before
+    loss.backward()
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak()
+    return {"held_bytes": held, "peak_bytes": peak - before, "saved_bytes": saved_bytes(step)}
+
+
+def _held(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def times(providers: tuple[str, ...], case: Case, device: str, rounds: int) -> dict[str, Entry]:
+    """Laps of all providers, in turns after two to warm up; a provider whose gradient is off has none."""
+    steps = {provider: Step(provider, case, device) for provider in providers}
+    truth = steps["plain"].gradient()
+    entries: dict[str, Entry] = {}
+    for provider, step in steps.items():
+        off = ((step.gradient() - truth).norm() / truth.norm()).item()
+        entries[provider] = {"off": off, "laps_s": []}
+    right = [provider for provider in providers if entries[provider]["off"] <= LIMITS[case.amp]]
+    for _ in range(2):
+        for provider in right:
+            steps[provider].lap()
+    for _ in range(rounds):
+        for provider in right:
+            entries[provider]["laps_s"].append(steps[provider].lap())
+    return entries
+
+
+def measure(case: Case, device: str, rounds: int = ROUNDS, providers: tuple[str, ...] = PROVIDERS) -> dict[str, Entry]:
+    """Everything about a case: times by turns in one process, then memory in a process each."""
+    entries: dict[str, Entry] = _fresh("times", case, device, rounds, providers)
+    for provider in providers:
+        entries[provider] |= _fresh("memory", case, device, rounds, (provider,))
+    return entries
+
+
+def _fresh(what: str, case: Case, device: str, rounds: int, providers: tuple[str, ...]) -> Any:
+    """The answer of a new process: `main` with --answer."""
+    request = json.dumps(
+        {"what": what, "case": asdict(case), "device": device, "rounds": rounds, "providers": providers}
+    )
+    command = [sys.executable, "-m", "benchmarks.densenet", "--answer", request]
+    done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(what: str, case: Entry, device: str, rounds: int, providers: list[str]) -> Any:
+    if what == "memory":
+        return memory(providers[0], Case(**case), device)
+    return times(tuple(providers), Case(**case), device, rounds)
+
+
+def table(case: Case, entries: dict[str, Entry]) -> str:
+    """Markdown: a provider a line."""
+    head = ["", "ms (p20 to p80)", "images/s", "of plain's time", "saved MB", "held MB", "peak MB", "gradient off"]
+    lines = [f"{case.title}\n", " | ".join(["", *head, ""]).strip(), "|---|" + "---:|" * (len(head) - 1)]
+    plain = quantiles(entries["plain"]["laps_s"])[1]
+    for provider, entry in entries.items():
+        clock = ["no time", "", ""]
+        if entry["laps_s"]:
+            low, median, high = quantiles(entry["laps_s"])
+            clock = [
+                f"{1e3 * median:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})",
+                f"{case.batch / median:.0f}",
+                f"{median / plain:.2f}",
+            ]
+        sizes = [f"{entry[key] / 1e6:.0f}" for key in ("saved_bytes", "held_bytes", "peak_bytes")]
+        lines.append("| " + " | ".join([provider, *clock, *sizes, f"{entry['off']:.0e}"]) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.densenet", description=__doc__)
+    parser.add_argument("--network", action="append", help=f"instead of this device's usual ones, of {NETWORKS}")
+    parser.add_argument("--batch", type=int, default=32, help="with --network")
+    parser.add_argument("--amp", action="store_true", help="with --network: bf16 autocast")
+    parser.add_argument("--provider", action="append", choices=PROVIDERS[1:], help="beside plain; default: all")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", type=Path, help="write machine, versions and every lap there")
+    parser.add_argument("--answer", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.answer is not None:
+        print(json.dumps(answer(**json.loads(options.answer))))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = [Case(network, options.batch, options.amp) for network in options.network or ()] or cases(device)
+    providers = ("plain", *options.provider) if options.provider else PROVIDERS
+    record = machine.describe(device) | {"threads": torch.get_num_threads(), "records": []}
+    for case in chosen:
+        entries = measure(case, device, options.rounds, providers)
+        record["records"].append({"case": asdict(case), "providers": entries})
+        print(f"{table(case, entries)}\n", flush=True)
+    if options.json is not None:
+        machine.write(options.json, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,8 @@ COUNTED_BELOW = 512
 """Rows a warp up to which every program counts the kept rows itself, from the cache, and a launch is saved; 4 warps at most."""
 RANKED_BELOW = 128
 """Classes up to which DKPP permutes in registers; above, it writes permuted rows to a scratch that stays in the L2 cache."""
+PREFETCH_SHARED = 120_000
+"""Bytes of shared memory that `Plan.stages` 2 may need with 16 warps; a GPU whose programs have less does without."""
 _LANES = {(True, False): 20, (True, True): 16, (False, False): 8, (False, True): 8}
 """By (aligned, permuted): lanes for which a thread has room in 128 registers, at two fp32 values each and their addresses."""
 _LANES_DOUBLE = 8
@@ -67,7 +69,7 @@ class Plan(NamedTuple):
 
 _SMALL = (
     (16, Plan(16, 16, 1, 4)),
-    (32, Plan(16, 32, 1, 4)),
+    (32, Plan(8, 32, 1, 4)),
     (64, Plan(2, 64, 1, 1)),
     (128, Plan(1, 128, 1, 1)),
     (256, Plan(1, 256, 1, 1)),

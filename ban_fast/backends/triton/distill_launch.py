@@ -64,6 +64,8 @@ def _launch(
     align = launch.alignment(num_classes, student, teacher)
     double = torch_acc == torch.float64
     plan = config.distill_plan(num_classes, aligned=align >= 4, double=double, permuted=permutation is not None)
+    if plan.stages > 1 and not plan.online and launch.shared_memory(device) < config.PREFETCH_SHARED:
+        plan = plan._replace(stages=1)
     programs = plan.programs(num_rows, launch.multiprocessors(device))
     in_registers = permutation is None or num_classes <= config.RANKED_BELOW
     shape = (programs * plan.rows, num_classes)

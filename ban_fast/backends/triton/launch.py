@@ -102,6 +102,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have; in the interpreter as much as an A100's."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 166_912
+
+
 def counter(device: torch.device) -> Tensor | None:
     """A 0 that the programs of one launch count up, and its last one sets back; None: reduce in a launch of its own.
 

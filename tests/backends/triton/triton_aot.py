@@ -1,5 +1,5 @@
 """Compiles what the launchers launch, for a GPU that is not there: the real launchers, the real specialisation of their
-arguments, the real compiler, and a driver that says which GPU it is. Nothing runs; tensors on the CPU stand in for a GPU's.
+arguments, the real compiler, and a driver that says which GPU it is. Nothing runs; the tensors are on the CPU.
 """
 
 import re
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -37,7 +36,7 @@ class Compiled(NamedTuple):
         return int(self.binary.metadata.shared)
 
     def resources(self) -> tuple[int, int]:
-        """Registers a thread, and bytes of local memory a thread: what was spilled, since the kernels have no arrays."""
+        """A thread's registers, and its bytes of local memory: what was spilled, since the kernels have no arrays."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.binary.asm["cubin"])
             file.flush()
@@ -83,7 +82,7 @@ def compiling(capability: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list
         yield found
 
 
-def signature(kernel: Compiled) -> tuple[Any, ...]:
-    """What Triton specialised: argument types, constants, and attributes such as divisibility by 16."""
+def specialisation(kernel: Compiled) -> str:
+    """Argument types, constants, and attributes such as divisibility by 16."""
     source = kernel.binary.src
-    return tuple(source.signature.items()), tuple(map(str, source.constants.items())), tuple(source.attrs.items())
+    return f"{source.signature} {source.constants} {source.attrs}"

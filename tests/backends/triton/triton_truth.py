@@ -21,6 +21,8 @@ KD: dict[str, Any] = {
     "reduction": "mean",
     "need_grad": True,
 }
+DKPP: dict[str, Any] = KD | {"seed": 0}
+CWTM: dict[str, Any] = {"ignore_index": -100, "need_grad": True}
 LOSS_ERROR = 3e-6
 """Of a KL: twice the 1.2e-6 of row_math.py's docstring, and the rest for a GPU's exponentials (2 ulp)."""
 GRADIENT_ERROR = 3e-6
@@ -49,14 +51,16 @@ def logits(rows: int, classes: int, regime: str, seed: int = 0) -> tuple[Tensor,
     return 12 * noise, 12 * teacher
 
 
-def truth(name: str, tensors: tuple[Any, ...], **options: Any) -> LossOutput:
-    """The reference on float64 copies; a confidence or a normaliser is widened too."""
+def truth(name: str, tensors: tuple[Any, ...], **options: Any) -> Any:
+    """The reference's answer for float64 copies; a confidence or a normaliser is widened too."""
     return getattr(reference, name)(*(_wide(t) for t in tensors), **options)
 
 
-def found(name: str, tensors: tuple[Any, ...], device: torch.device, **options: Any) -> LossOutput:
-    """The Triton backend on `device`, the results on the CPU; the gradient in fp64, grad_scale applied."""
+def found(name: str, tensors: tuple[Any, ...], device: torch.device, **options: Any) -> Any:
+    """The Triton backend's answer on `device`, brought to the CPU; a loss's gradient in fp64, grad_scale applied."""
     output = getattr(triton, name)(*(t.to(device) if isinstance(t, Tensor) else t for t in tensors), **options)
+    if isinstance(output, Tensor):
+        return output.cpu()
     loss, kd, label, grad, scale = (None if t is None else t.cpu() for t in output)
     if grad is not None:
         grad = grad.double() if scale is None else grad.double() * scale.double()

@@ -21,6 +21,11 @@ Shown = tuple[int, int, int, int, int, int, int]
 Offence = tuple[int, int]
 """(0, 0), or which index is out of range (1: labels, 2: teacher_rows) and in which row."""
 
+CudaKey = tuple[int, int, int, int]
+"""Seed and step as unsigned 64-bit words, addresses of the step (0: the word it is) and of sample_ids (0: none)."""
+CudaLaunch = tuple[int, int, int, int]
+"""Device, and the addresses of its stream, of cuda_scratch() doubles, and of a 32-bit counter that is 0."""
+
 class CudaInfo(TypedDict):
     built: bool
     runtime_version: NotRequired[int]
@@ -64,3 +69,44 @@ def pool_use() -> tuple[int, int, int]:
 def empty_pool() -> None: ...
 def instruction_set() -> str: ...
 def cuda_info() -> CudaInfo: ...
+
+# Only where cuda_info()["built"]. A CUDA error is a RuntimeError.
+def cuda_kd(
+    student: Matrix, teacher: Matrix, rows: Selection, options: Options, to: Result, launch: CudaLaunch
+) -> None: ...
+def cuda_dkpp(
+    student: Matrix,
+    teacher: Matrix,
+    rows: Selection,
+    permutation: CudaKey,
+    options: Options,
+    to: Result,
+    launch: CudaLaunch,
+) -> None: ...
+def cuda_cwtm(
+    student: Matrix,
+    teacher: Matrix,
+    confidence: Matrix,
+    rows: Selection,
+    normalizer: int,
+    by_label: bool,
+    to: Result,
+    launch: CudaLaunch,
+) -> None: ...
+def cuda_dkpp_targets(
+    teacher: Matrix, rows: Selection, permutation: CudaKey, temperature: float, targets: int, launch: CudaLaunch
+) -> None: ...
+def cuda_dkpp_permutation(
+    argmax: int, rows: int, classes: int, permutation: CudaKey, sources: int, launch: CudaLaunch
+) -> None: ...
+def cuda_scale_gradient(
+    gradient: int,
+    dtype: int,
+    rows: int,
+    classes: int,
+    factors: int,
+    factor_stride: int,
+    scale: int,
+    launch: CudaLaunch,
+) -> None: ...
+def cuda_scratch() -> int: ...

@@ -10,6 +10,7 @@
 #include "losses.h"
 #ifdef BAN_FAST_WITH_CUDA
 #include "cuda/info.h"
+#include "cuda/losses.h"
 #endif
 
 namespace py = pybind11;
@@ -149,6 +150,64 @@ py::tuple pool_use() {
   return py::make_tuple(use.owned, use.most_owned, use.kept);
 }
 
+#ifdef BAN_FAST_WITH_CUDA
+
+using CudaKeyArgs = std::tuple<std::uint64_t, std::uint64_t, Address, Address>;  // as cuda::Key
+using LaunchArgs = std::tuple<int, Address, Address, Address>;                   // as cuda::Launch
+
+ban_fast::cuda::Key cuda_key(const CudaKeyArgs& args) {
+  const auto [seed, step, step_at, sample_ids] = args;
+  return {seed, step, at<const std::int64_t>(step_at), at<const std::int64_t>(sample_ids)};
+}
+
+ban_fast::cuda::Launch cuda_launch(const LaunchArgs& args) {
+  const auto [device, stream, scratch, counter] = args;
+  return {device, at<void>(stream), at<double>(scratch), at<std::uint32_t>(counter)};
+}
+
+void cuda_kd(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows,
+             const OptionsArgs& options, const ResultArgs& to, const LaunchArgs& launch) {
+  ban_fast::cuda::kd(matrix(student), matrix(teacher), selection(rows), nullptr, kd_options(options), result(to),
+                     cuda_launch(launch));
+}
+
+void cuda_dkpp(const MatrixArgs& student, const MatrixArgs& teacher, const SelectionArgs& rows,
+               const CudaKeyArgs& permutation, const OptionsArgs& options, const ResultArgs& to,
+               const LaunchArgs& launch) {
+  const ban_fast::cuda::Key by = cuda_key(permutation);
+  ban_fast::cuda::kd(matrix(student), matrix(teacher), selection(rows), &by, kd_options(options), result(to),
+                     cuda_launch(launch));
+}
+
+void cuda_cwtm(const MatrixArgs& student, const MatrixArgs& teacher, const MatrixArgs& confidence,
+               const SelectionArgs& rows, Address normalizer, bool by_label, const ResultArgs& to,
+               const LaunchArgs& launch) {
+  const ban_fast::Matrix logits = matrix(teacher), known = matrix(confidence);
+  ban_fast::cuda::cwtm(matrix(student), known.data == nullptr ? &logits : nullptr,
+                       known.data == nullptr ? nullptr : &known, at<const void>(normalizer), by_label, selection(rows),
+                       result(to), cuda_launch(launch));
+}
+
+void cuda_dkpp_targets(const MatrixArgs& teacher, const SelectionArgs& rows, const CudaKeyArgs& permutation,
+                       double temperature, Address targets, const LaunchArgs& launch) {
+  ban_fast::cuda::dkpp_targets(matrix(teacher), selection(rows), cuda_key(permutation), temperature, at<void>(targets),
+                               cuda_launch(launch));
+}
+
+void cuda_dkpp_permutation(Address argmax, std::int64_t rows, std::int64_t classes, const CudaKeyArgs& permutation,
+                           Address sources, const LaunchArgs& launch) {
+  ban_fast::cuda::dkpp_permutation(at<const std::int64_t>(argmax), rows, classes, cuda_key(permutation),
+                                   at<std::int64_t>(sources), cuda_launch(launch));
+}
+
+void cuda_scale_gradient(Address gradient, int dtype, std::int64_t rows, std::int64_t classes, Address factors,
+                         std::int64_t factor_stride, Address scale, const LaunchArgs& launch) {
+  ban_fast::cuda::scale_gradient(at<void>(gradient), ban_fast::DType(dtype), rows, classes, at<const void>(factors),
+                                 factor_stride, at<const void>(scale), cuda_launch(launch));
+}
+
+#endif
+
 py::dict cuda_info() {
   py::dict info;
 #ifdef BAN_FAST_WITH_CUDA
@@ -173,7 +232,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("dkpp_permutation", &dkpp_permutation);
   m.def("scale_gradient", &scale_gradient);
   m.def("show_views", &show_views);
-  py::class_<ban_fast::PooledMemory>(m, "PooledMemory", py::buffer_protocol(),
+  py::class_<ban_fast::PooledMemory>(m, "PooledMemory", py::buffer_protocol(), py::module_local(),
                                      "Memory of the pool for gradients, with the buffer protocol; its size in bytes.")
       .def(py::init<std::size_t>())
       .def_buffer(&bytes_of);
@@ -181,6 +240,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("empty_pool", &ban_fast::empty_pool);
   m.def("instruction_set", &ban_fast::instruction_set,
         "Instruction set of the CPU kernels; the environment variable BAN_FAST_ISA can name another that is there.");
+#ifdef BAN_FAST_WITH_CUDA
+  m.def("cuda_kd", &cuda_kd);
+  m.def("cuda_dkpp", &cuda_dkpp);
+  m.def("cuda_cwtm", &cuda_cwtm);
+  m.def("cuda_dkpp_targets", &cuda_dkpp_targets);
+  m.def("cuda_dkpp_permutation", &cuda_dkpp_permutation);
+  m.def("cuda_scale_gradient", &cuda_scale_gradient);
+  m.def("cuda_scratch", [] { return ban_fast::cuda::kScratch; });
+#endif
   m.def("cuda_info", &cuda_info,
         "What the CUDA part was built with: {built, runtime_version, architectures, devices}; {built: False} without "
         "it.");

@@ -1,0 +1,287 @@
+"""The native backend for CUDA tensors (csrc/cuda): this module allocates and hands addresses and a stream over.
+
+The functions of `interface.Backend`. Nothing waits for the device, and all of it can be captured in a CUDA graph.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+from ban_fast.backends.native import (
+    _DTYPE,
+    _NO_MATRIX,
+    _REDUCTION,
+    _acc,
+    _address,
+    _contiguous,
+    _key,
+    _matrix,
+    _result,
+    _selection,
+)
+
+from ban_fast import _native  # isort: skip  # After native, whose ImportError says what to do.
+
+_CAPTURED_CALLS = 4096
+"""Calls captured in CUDA graphs that can have a counter of the device's block; a later one's graph zeroes its own."""
+
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+"""Scratch and counter of each device's streams."""
+_counters: dict[int, Iterator[Tensor]] = {}
+"""A device's counters that no captured call has yet."""
+
+
+def problem() -> str | None:
+    """Why these kernels cannot be used here, or None."""
+    built = _native.cuda_info()
+    if not built["built"]:
+        return "ban_fast._native was built without CUDA: install where nvcc is on the PATH"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the device has compute capability {capability[0]}.{capability[1]}, and 8.0 is the least"
+    return None
+
+
+def kd(
+    student: Tensor,  # [R, C]
+    teacher: Tensor,  # [M, C]
+    labels: Tensor | None,  # [R]
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    temperature: float,
+    kd_weight: float,
+    label_weight: float,
+    divergence: Divergence,
+    scale_t2: bool,
+    ignore_index: int,
+    reduction: Reduction,
+    need_grad: bool,
+) -> LossOutput:
+    """See `interface.Backend.kd`. One launch; one more, before it, counts the rows kept of more than 4096 labels."""
+    output = _allocate(student, reduction, need_grad)
+    if student.shape[0] == 0:
+        return _of_no_rows(output)
+    labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
+    workspace = _workspace(student.device)
+    _native.cuda_kd(
+        _matrix(student),
+        _matrix(teacher),
+        _selection(student, labels, teacher_rows, ignore_index),
+        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
+        _result(output),
+        _launch(student.device, *workspace),
+    )
+    return output
+
+
+def dkpp(
+    student: Tensor,  # [R, C]
+    teacher: Tensor,  # [M, C]
+    labels: Tensor | None,  # [R]
+    sample_ids: Tensor | None,  # [R]
+    step: Tensor | int,
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    seed: int,
+    temperature: float,
+    kd_weight: float,
+    label_weight: float,
+    divergence: Divergence,
+    scale_t2: bool,
+    ignore_index: int,
+    reduction: Reduction,
+    need_grad: bool,
+) -> LossOutput:
+    """See `interface.Backend.dkpp`. Launches as `kd`."""
+    output = _allocate(student, reduction, need_grad)
+    if student.shape[0] == 0:
+        return _of_no_rows(output)
+    labels, teacher_rows, sample_ids = _contiguous(labels), _contiguous(teacher_rows), _contiguous(sample_ids)
+    workspace = _workspace(student.device)
+    _native.cuda_dkpp(
+        _matrix(student),
+        _matrix(teacher),
+        _selection(student, labels, teacher_rows, ignore_index),
+        _keyed(seed, step, sample_ids),
+        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
+        _result(output),
+        _launch(student.device, *workspace),
+    )
+    return output
+
+
+def cwtm(
+    student: Tensor,  # [R, C]
+    teacher: Tensor | None,  # [M, C]
+    labels: Tensor,  # [R]
+    confidence: Tensor | None,  # [M]
+    normalizer: Tensor | None,  # 0-d
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    weight_by: WeightBy,
+    ignore_index: int,
+    need_grad: bool,
+) -> LossOutput:
+    """See `interface.Backend.cwtm`. One launch with `confidence`, from the teacher's logits two; one more, before the
+    loss's, adds up the confidences of more than 4096 rows."""
+    output = _allocate(student, "sum", need_grad)
+    if student.shape[0] == 0:
+        return _of_no_rows(output)
+    labels, teacher_rows = labels.contiguous(), _contiguous(teacher_rows)
+    source = teacher if confidence is None else confidence.unsqueeze(1)
+    assert source is not None, "cwtm needs the teacher's logits or its confidence"
+    scratch, counter = _workspace(student.device)
+    if confidence is None:
+        scratch = scratch.new_empty(_native.cuda_scratch() + student.shape[0])
+    _native.cuda_cwtm(
+        _matrix(student),
+        _matrix(source) if confidence is None else _NO_MATRIX,
+        _NO_MATRIX if confidence is None else _matrix(source),
+        _selection(student, labels, teacher_rows, ignore_index),
+        _address(normalizer),
+        weight_by == "teacher_label",
+        _result(output),
+        _launch(student.device, scratch, counter),
+    )
+    return output
+
+
+def dkpp_targets(
+    teacher: Tensor,  # [M, C]
+    sample_ids: Tensor | None,  # [R]
+    step: Tensor | int,
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    seed: int,
+    temperature: float,
+) -> Tensor:
+    """See `interface.Backend.dkpp_targets`."""
+    rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
+    targets = teacher.new_empty((rows, teacher.shape[1]), dtype=_acc(teacher))
+    if rows == 0:
+        return targets
+    teacher_rows, sample_ids = _contiguous(teacher_rows), _contiguous(sample_ids)
+    _native.cuda_dkpp_targets(
+        _matrix(teacher),
+        (rows, teacher.shape[1], 0, _address(teacher_rows), 0),
+        _keyed(seed, step, sample_ids),
+        temperature,
+        targets.data_ptr(),
+        _launch(teacher.device),
+    )
+    return targets
+
+
+def dkpp_permutation(
+    argmax: Tensor,  # [R]
+    sample_ids: Tensor | None,  # [R]
+    step: Tensor | int,
+    *,
+    seed: int,
+    num_classes: int,
+) -> Tensor:
+    """See `interface.Backend.dkpp_permutation`."""
+    argmax, sample_ids = argmax.contiguous(), _contiguous(sample_ids)
+    rows = argmax.shape[0]
+    sources = argmax.new_empty((rows, num_classes))
+    if rows == 0:
+        return sources
+    _native.cuda_dkpp_permutation(
+        argmax.data_ptr(),
+        rows,
+        num_classes,
+        _keyed(seed, step, sample_ids),
+        sources.data_ptr(),
+        _launch(argmax.device),
+    )
+    return sources
+
+
+def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tensor:
+    """See `interface.Backend.scale_grad_`. One launch, which reads grad_output on the device."""
+    rows, classes = grad.shape
+    if rows == 0:
+        return grad
+    _native.cuda_scale_gradient(
+        grad.data_ptr(),
+        _DTYPE[grad.dtype],
+        rows,
+        classes,
+        grad_output.data_ptr(),
+        grad_output.stride(0) if grad_output.dim() == 1 else 0,
+        _address(grad_scale),
+        _launch(grad.device),
+    )
+    return grad
+
+
+def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
+    """Outputs without values."""
+    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=_acc(student))
+    grad = grad_scale = None
+    if need_grad:
+        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        if student.dtype == torch.float16:
+            grad_scale = student.new_empty((), dtype=loss.dtype)
+    return LossOutput(loss, torch.empty_like(loss), torch.empty_like(loss), grad, grad_scale)
+
+
+def _of_no_rows(output: LossOutput) -> LossOutput:
+    """`output` for an empty batch, which no kernel is launched for."""
+    for term in (output.loss, output.kd, output.label):
+        term.zero_()
+    if output.grad_scale is not None:
+        output.grad_scale.fill_(1)
+    return output
+
+
+def _keyed(seed: int, step: Tensor | int, sample_ids: Tensor | None) -> tuple[int, int, int, int]:
+    """Seed, step, the address of a step that is a tensor, and of the ids."""
+    if isinstance(step, Tensor):
+        words = _key(seed, 0, sample_ids)
+        return words[0], 0, step.data_ptr(), words[2]
+    words = _key(seed, step, sample_ids)
+    return words[0], words[1], 0, words[2]
+
+
+def _launch(
+    device: torch.device, scratch: Tensor | None = None, counter: Tensor | None = None
+) -> tuple[int, int, int, int]:
+    """Device, stream, and the addresses of scratch and counter."""
+    index, stream = _stream(device)
+    return index, stream, _address(scratch), _address(counter)
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """The device's index, and the address of its current stream."""
+    assert device.index is not None
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scratch that a loss's blocks leave their sums in, and the counter, 0, by which they know the last of them.
+
+    Launches on one stream follow one another and share them. A captured launch may run beside any other: it has a
+    counter to itself, for as long as the process lives, and scratch of its graph's memory.
+    """
+    key = _stream(device)
+    index = key[0]
+    if _is_capturing(device):
+        scratch = torch.empty(_native.cuda_scratch(), dtype=torch.float64, device=device)
+        counter = next(_counters[index], None) if index in _counters else None
+        return scratch, torch.zeros((), dtype=torch.int32, device=device) if counter is None else counter
+    if index not in _counters:
+        block = torch.zeros(_CAPTURED_CALLS, dtype=torch.int32, device=device)
+        _counters[index] = iter(block.unbind())
+    if key not in _workspaces:
+        scratch = torch.empty(_native.cuda_scratch(), dtype=torch.float64, device=device)
+        _workspaces[key] = scratch, torch.zeros((), dtype=torch.int32, device=device)
+    return _workspaces[key]
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,122 @@
+"""The CUDA kernels' contract in the emulator, where there is no GPU."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cuda_contract import CWTM, KD, TEACHER_ROWS, Contract, labels_of, logits
+from cuda_emulated import Device, Emulated, build, installed
+
+from ban_fast.backends import native_cuda
+
+SMALL = 6 << 10
+"""Bytes of shared memory a block, so that rows of a few thousand classes take clusters."""
+
+
+@pytest.fixture(scope="session")
+def emulated(pytestconfig: pytest.Config) -> Emulated:
+    options = os.environ.get("BAN_FAST_EMULATOR_FLAGS", "-O1").split()
+    assert pytestconfig.cache is not None
+    return Emulated(build(pytestconfig.cache.mkdir("cuda_emulated"), *options))
+
+
+@pytest.fixture
+def device(emulated: Emulated) -> Iterator[torch.device]:
+    emulated.configure(Device())
+    with installed(emulated):
+        yield torch.device("cpu")
+
+
+class TestInTheEmulator(Contract):
+    """On a device with the limits of an H100."""
+
+    @pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+    @pytest.mark.parametrize("classes", [1026, 2049, 4104])
+    @pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
+    def test_rows_in_clusters(
+        self,
+        emulated: Emulated,
+        device: torch.device,
+        blocks: int,
+        classes: int,
+        types: tuple[torch.dtype, torch.dtype],
+    ) -> None:
+        """Of up to `blocks` blocks: fewer where the row fits, and it is read twice where none is large enough."""
+        emulated.configure(Device(SMALL, 2 * SMALL, blocks, seed=blocks))
+        student, teacher = (x.to(dtype) for x, dtype in zip(logits(classes, "random"), types, strict=True))
+        labels, rows = labels_of(classes), torch.tensor(TEACHER_ROWS)
+        options = {**KD, "temperature": 3.5, "label_weight": 0.3, "divergence": "ce"}
+        self.check("kd", device, student, teacher, labels, rows, **options)
+        self.check("dkpp", device, student, teacher, labels, None, 5, rows, seed=2, **options)
+        self.check("cwtm", device, student, teacher, labels, None, None, rows, **CWTM)
+
+    @pytest.mark.parametrize("regime", ["near", "shifted", "outlier", "dropped", "leaping", "far"])
+    @pytest.mark.parametrize("classes", [1025, 4000])
+    def test_rows_read_twice(self, emulated: Emulated, device: torch.device, classes: int, regime: str) -> None:
+        """Where the class first guessed for the peak is a bad one they are read a third time."""
+        emulated.configure(Device(2 << 10, 2 << 10, 1))
+        student, teacher = logits(classes, regime)
+        teacher[:, -1] = teacher.amax(1) + torch.linspace(0, 3, len(teacher))  # the peak is found last
+        student[:, -1] += 2
+        options = {**KD, "label_weight": 0.3, "divergence": "ce"}
+        tensors = (student, teacher, labels_of(classes), torch.tensor(TEACHER_ROWS))
+        error = 1e-5 if regime == "far" else 2e-6
+        self.check("kd", device, *tensors, **options, value=error, gradient=error)
+
+    def test_any_order_of_threads_gives_the_same_bits(self, emulated: Emulated, device: torch.device) -> None:
+        """Threads and blocks run in random order, so a barrier that is missing shows."""
+        for classes, limits in (
+            (10, (227 << 10, 16)),
+            (100, (227 << 10, 16)),
+            (700, (227 << 10, 16)),
+            (3000, (SMALL, 8)),
+        ):
+            student, teacher = logits(classes, "random")
+            outputs = []
+            for seed in range(4):
+                emulated.configure(Device(limits[0], 2 * limits[0], limits[1], seed))
+                keyed: tuple[Any, ...] = (labels_of(classes), None, 7, torch.tensor(TEACHER_ROWS))
+                options = {**KD, "label_weight": 0.5}
+                outputs.append(self.found("dkpp", device, student.half(), teacher, *keyed, seed=1, **options))
+            for other in outputs[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))  # type: ignore[arg-type]
+
+    def test_an_error_is_a_runtime_error(self, emulated: Emulated, device: torch.device) -> None:
+        emulated.configure(Device(1 << 10, 1 << 10, 1))
+        student, teacher = logits(100, "random")
+        with pytest.raises(RuntimeError, match="more shared memory"):
+            native_cuda.kd(student, teacher[:5], None, None, **KD)
+
+
+class TestTheEmulator:
+    """Finds what it is there to find."""
+
+    @pytest.fixture(autouse=True)
+    def _order(self, emulated: Emulated) -> None:
+        emulated.configure(Device())
+
+    def test_nothing_where_there_is_no_mistake(self, emulated: Emulated) -> None:
+        assert emulated.mistake(0) == sum(range(64))
+
+    def test_a_missing_barrier(self, emulated: Emulated) -> None:
+        sums = set()
+        for seed in range(1, 5):
+            emulated.configure(Device(seed=seed))
+            sums.add(emulated.mistake(1))
+        assert sums != {sum(range(64))}
+
+    @pytest.mark.parametrize(
+        ("number", "message"),
+        [
+            (2, "threads wait for others that never come, 1 have ended"),
+            (3, "a lane takes the value of one that is not named"),
+            (4, "lanes wait for each other at different places"),
+            (5, "not aligned"),
+            (6, "a block that has ended"),
+        ],
+    )
+    def test_a_mistake(self, emulated: Emulated, number: int, message: str) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            emulated.mistake(number)

@@ -30,7 +30,7 @@ def moments(x: Tensor, out: Tensor) -> None:  # [R, C], [2, C]
 
 def deposit(
     grad: Tensor,  # [R, C] in x's dtype: d loss / d activation; overwritten
-    activation: Tensor,  # [R, C]: what `activate` makes of x
+    activation: Tensor,  # [R, C]: what `activate` makes of x; overwritten
     x: Tensor,  # [R, C]
     scale: Tensor,  # [C]
     mean: Tensor,  # [C]
@@ -42,8 +42,9 @@ def deposit(
     """With dz = grad where ReLU let x through: into = dz * scale, or += it; sums += (sum dz, sum dz * (x - mean))."""
     torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=grad)
     dz = grad.to(scale.dtype)
+    distance = torch.sub(x, mean, out=activation) if x.dtype == mean.dtype else x - mean
     sums[0] += dz.sum(0)
-    sums[1] += (x - mean).mul_(dz).sum(0)
+    sums[1] += distance.mul_(dz).sum(0)
     if add:
         into.addcmul_(dz, scale)
     else:
@@ -52,4 +53,5 @@ def deposit(
 
 def correct(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, out: Tensor) -> None:
     """out = grad - p - (x - mean) * q, all [R, C] or [C]: what every batch norm of x takes from its gradient."""
-    out.copy_((grad - p).addcmul_(x - mean, q, value=-1))
+    distance = torch.sub(x, mean, out=out) if x.dtype == mean.dtype else x - mean
+    out.copy_(torch.addcmul(grad, distance, q, value=-1, out=distance).sub_(p))

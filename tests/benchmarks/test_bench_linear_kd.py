@@ -1,0 +1,55 @@
+"""The benchmark of fused_linear_kd: providers that agree, the clock's rounds, the table and its verdict."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import linear_kd
+from benchmarks.linear_kd import OURS, PRODUCTS, Case, table, verdict
+
+CPU = torch.device("cpu")
+CASES = [Case(rows=40, width=8, classes=300, dtype=dtype) for dtype in ("fp32", "bf16")]
+BY_HIDDEN = Case(rows=40, width=8, classes=300, dtype="bf16", teacher_width=12)
+
+
+@pytest.mark.parametrize("case", [*CASES, BY_HIDDEN], ids=lambda case: case.title)
+def test_every_provider_computes_the_loss(case: Case) -> None:
+    found = linear_kd.errors(case, CPU)
+    assert set(found) == set(linear_kd.steps()) - {PRODUCTS}
+    for name, wrong in found.items():
+        assert wrong["random"] < (1e-5 if case.dtype == "fp32" else 2e-2), name
+    assert found[OURS]["near"] < (1e-3 if case.dtype == "fp32" else 3e-3)  # 1e-6 and 1.7e-3 at random, near costs fp32
+    if case.dtype == "bf16":
+        assert found["eager kl_div"]["near"] > 10 * found[OURS]["near"]
+
+
+def test_rounds_and_memory() -> None:
+    laps = linear_kd.times(CASES[0], CPU, seconds=0.0)
+    assert list(laps) == list(linear_kd.steps())
+    assert all(len(each) == linear_kd.LEAST_ROUNDS for each in laps.values())
+    assert all(seconds > 0 for each in laps.values() for seconds in each)
+
+
+def test_a_request_goes_to_a_process_and_back() -> None:
+    request = {"what": "times", "case": linear_kd.asdict(CASES[0]), "device": "cpu", "seconds": 0.0}
+    assert list(linear_kd.ask(request, {"MALLOC_MMAP_MAX_": "0"})) == list(linear_kd.steps())
+
+
+def test_the_table_and_its_verdict() -> None:
+    record = {
+        "title": "T",
+        "ms": {
+            "default malloc": {PRODUCTS: [9.0, 10.0, 11.0], OURS: [10.0, 11.0, 12.0], "eager kl_div": [1.0, 30.0, 2.0]}
+        },
+        "peak_bytes": {OURS: 2_000_000, "eager kl_div": 10_000_000, "eager soft cross-entropy": 8_000_000, "x": None},
+        "errors": {OURS: {"random": 1e-7, "near": 2e-5}, "eager kl_div": {"random": 1e-7, "near": 2e-5}},
+    }
+    judged = verdict(record)
+    assert math.isclose(judged["time, default malloc"], 1.1)
+    assert judged["memory"] == 0.25
+    assert "| fused_linear_kd | 11 | 2 | 1.0e-07 | 2.0e-05 |" in table(record)
+    assert "| products alone | 10 |  |  |  |" in table(record)
+    record["peak_bytes"] = dict.fromkeys(record["peak_bytes"])
+    assert verdict(record)["memory"] is None
+    assert "memory" not in table(record).splitlines()[-1]

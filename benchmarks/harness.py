@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ WARM_UP = 0.2  # seconds a provider, before any lap
 LAP = 0.005  # a clock read is 50 ns and a wake-up of the second thread 10 us
 ROUNDS = (5, 41)
 SLOW = 0.5  # seconds a call: beyond it a provider sits out
-SLOW_ROUNDS = 3  # all rounds but these
+SLOW_SECONDS = 3.0  # what remains of the rounds after its turns took so long
 
 Lap = Callable[[], float]
 """Runs one lap and returns its seconds a call."""
@@ -64,11 +64,11 @@ def quantiles(laps: Sequence[float]) -> tuple[float, float, float]:
 
 
 def interleave(
-    laps: Mapping[str, Lap], rounds: int, *, slow: Collection[str] = (), at: At | None = None
+    laps: Mapping[str, Lap], rounds: int, *, most: Mapping[str, int] | None = None, at: At | None = None
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Every lap once a round, in the mapping's order, with the garbage collector at rest.
 
-    Returns the times of those that came through, and what ended the others. `slow` ones have `SLOW_ROUNDS`.
+    Returns the times of those that came through, and what ended the others. Some have so many turns at `most`.
     """
     times: dict[str, list[float]] = {name: [] for name in laps}
     failures: dict[str, Exception] = {}
@@ -77,7 +77,7 @@ def interleave(
     try:
         for number in range(rounds):
             for name, lap in laps.items():
-                if name in failures or (number >= SLOW_ROUNDS and name in slow):
+                if name in failures or (most is not None and number >= most.get(name, rounds)):
                     continue
                 if at is not None:
                     at(name)

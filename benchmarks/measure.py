@@ -12,6 +12,7 @@ from benchmarks import cuda, gate
 from benchmarks.cases import Case
 from benchmarks.harness import (
     SLOW,
+    SLOW_SECONDS,
     At,
     Lap,
     Timing,
@@ -145,9 +146,11 @@ class Bench:
         for name, (run, _) in streams(self.device).items():
             laps[name], calls[name] = lap_of(run, 1), 1
             lengths[name] = warm(run, least=0.02)
-        slow = {name for name, length in lengths.items() if length / calls[name] > SLOW}
+        slow = {
+            name: max(1, int(SLOW_SECONDS / length)) for name, length in lengths.items() if length / calls[name] > SLOW
+        }
         rounds = rounds_for(sum(length for name, length in lengths.items() if name not in slow), seconds)
-        times, failures = interleave(laps, rounds, slow=slow, at=self.at)
+        times, failures = interleave(laps, rounds, most=slow, at=self.at)
         for name, failure in failures.items():
             if name not in running:
                 raise failure  # a stream: there is no share without it
@@ -156,8 +159,7 @@ class Bench:
         for name, each in times.items():
             self.at(name)
             try:
-                again = 1 if name in slow else 3
-                extra = _extra(running[name], setting, sets, self.device, again) if name in running else {}
+                extra = _extra(running[name], setting, sets, self.device) if name in running.keys() - slow else {}
             except Exception as error:  # as above
                 running[name].fail(error, f"{setting}: ")
                 continue
@@ -205,10 +207,8 @@ def _lap(candidate: Candidate, setting: str, sets: Sequence[Inputs], device: tor
     return lap, calls, each * calls
 
 
-def _extra(
-    candidate: Candidate, setting: str, sets: Sequence[Inputs], device: torch.device, calls: int
-) -> dict[str, float]:
-    """What a call costs beside its time, over that many calls."""
+def _extra(candidate: Candidate, setting: str, sets: Sequence[Inputs], device: torch.device) -> dict[str, float]:
+    """What a call costs beside its time."""
     assert candidate.step is not None
     call = one_call(candidate.step, sets)
     if device.type == "cuda":
@@ -216,6 +216,7 @@ def _extra(
             return {}
         watched = cuda.kernels(call) if candidate.provider.kind == "ban_fast" else {}
         return {"peak_bytes": cuda.peak_bytes(call), **watched}
+    calls = 3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
         call()

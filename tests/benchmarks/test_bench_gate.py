@@ -199,3 +199,22 @@ def test_only_those_that_pass_get_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(record["streams_gb_s"]) == {"copy", "2R1W"}
     assert min(record["streams_gb_s"].values()) > 0.1
     assert automatic("kd", "cpu", torch.float32, (case.rows, case.classes)) in entries
+
+
+def test_a_provider_that_takes_seconds_has_few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's DKPP takes 4 s at [1120, 10000], and nobody waits for the rounds of the others."""
+    monkeypatch.setattr(measure, "streams", lambda device: {"copy": (lambda: None, 1), "2R1W": (lambda: None, 1)})
+    monkeypatch.setattr(harness, "ROUNDS", (5, 5))
+    lengths = {"quick": 1e-3, "slow": 1.4, "slowest": 7.0}
+    monkeypatch.setattr(measure, "_lap", lambda c, *_: (lambda: lengths[c.provider.name], 1, lengths[c.provider.name]))
+    case = case_of("kd")
+    bench = measure.Bench(CPU, _kind=case.kind)
+
+    def step(x: Inputs) -> textbook.Answer:
+        return (x.student * x.teacher).sum(), None
+
+    for name in lengths:
+        bench._prepared[name] = measure.Candidate(provider_of(lambda: step, name), step=step)
+    candidates = [each.provider for each in bench._prepared.values()]
+    (record,) = bench.measure(case, candidates, [DEFAULT], seconds=2.0)
+    assert {name: len(record["laps_s"][name]) for name in lengths} == {"quick": 5, "slow": 2, "slowest": 1}

@@ -17,6 +17,7 @@ AMP_MODES = ("off", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 AUGMENTATIONS = ("auto", "none", "crop", "crop+flip")
 PADDINGS = ("reflect", "zero")
+LOADERS = ("memory", "torch", "ffcv")
 TEACHERS = ("live", "cache", "auto")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
 
@@ -41,6 +42,9 @@ class DataConfig:
     """Keep only this many training images. None: all."""
     limit_test: int | None = None
     """Keep only this many test images. None: all."""
+    loader: str = "memory"
+    """Where batches come from: "memory", "torch" (a DataLoader reads the files, for datasets larger than memory) or
+    "ffcv" (the files that `ban-fast prepare --format ffcv` writes). The same batches, bit for bit, from all three."""
 
 
 @dataclass(kw_only=True)
@@ -183,6 +187,7 @@ class Config:
                     _check_type(prefix + f.name, getattr(section, f.name), _hints(type(section))[f.name])
         _choice("data.augmentation", self.data.augmentation, AUGMENTATIONS)
         _choice("data.padding", self.data.padding, PADDINGS)
+        _choice("data.loader", self.data.loader, LOADERS)
         _choice("objective.name", self.objective.name, OBJECTIVES)
         _choice("teacher.mode", self.teacher.mode, TEACHERS)
         _choice("teacher.cache_dtype", self.teacher.cache_dtype, CACHE_DTYPES)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,17 @@ from torch.utils.data import DataLoader
 
 from .. import data, models
 from ..config import Config, DataConfig, ModelConfig
-from ..data import Augmentation, Dataset, Loader, MemoryLoader, Split, TensorLoader, WrappedDataLoader
+from ..data import (
+    Augmentation,
+    Dataset,
+    KeyedLoader,
+    Loader,
+    Split,
+    StoredSplit,
+    TensorLoader,
+    WrappedDataLoader,
+    open_loader,
+)
 from ..errors import OptionError, UserError
 from .seeds import derived_seed, isolated, seed_everything
 
@@ -20,6 +31,9 @@ CUSTOM = "custom"
 """The name of a network or of data that the caller brought along."""
 EVALUATION_BATCH = 256
 """Images at a time where nothing is trained. Fixed: figures computed anew must meet the same arithmetic."""
+
+_HASHED_AT_ONCE = 1024
+"""Images; the hash of images that are stored must be that of the same images in memory."""
 
 Samples = tuple[Tensor, Tensor] | DataLoader[Any]
 """A user's own data: (x [N, ...], y [N]), or a DataLoader of such batches."""
@@ -177,23 +191,25 @@ def network_factory(config: ModelConfig, shape: dict[str, Any]) -> ModelFactory:
     return _factory(config, shape["classes"], tuple(shape["sample_shape"]))
 
 
-def _load(config: DataConfig) -> Dataset:
-    return data.load(
-        config.name,
-        directory=config.directory,
-        image_size=config.image_size,
-        val_fraction=config.val_fraction,
-        limit_train=config.limit_train,
-        limit_test=config.limit_test,
-    )
+def _load(config: DataConfig) -> Dataset[Any]:
+    options: dict[str, Any] = {
+        "directory": config.directory,
+        "image_size": config.image_size,
+        "val_fraction": config.val_fraction,
+        "limit_train": config.limit_train,
+        "limit_test": config.limit_test,
+    }
+    if config.loader == "memory":
+        return data.load(config.name, **options)
+    return data.load_stored(config.name, ffcv=config.loader == "ffcv", **options)
 
 
-def _dataset_loader(config: Config, dataset: Dataset, device: torch.device) -> Callable[[int], Loader]:
+def _dataset_loader(config: Config, dataset: Dataset[Any], device: torch.device) -> Callable[[int], Loader]:
     split = _on_device(dataset.train, device)
     augmentation = _augmentation(config.data, dataset)
 
     def loader(seed: int) -> Loader:
-        return MemoryLoader(
+        return open_loader(
             split,
             batch_size=config.batch_size,
             mean=dataset.mean,
@@ -207,13 +223,16 @@ def _dataset_loader(config: Config, dataset: Dataset, device: torch.device) -> C
     return loader
 
 
-def _dataset_views(config: Config, dataset: Dataset) -> Views:
-    split, augmentation = dataset.train, _augmentation(config.data, dataset)
+def _dataset_views(config: Config, dataset: Dataset[Any]) -> Views:
+    split: Split | StoredSplit = dataset.train
+    augmentation = _augmentation(config.data, dataset)
     return Views(
         samples=int(split.sample_ids.max()) + 1,
         each=1 if augmentation is None else augmentation.views,
         description="the images themselves" if augmentation is None else str(augmentation),
-        fingerprint=lambda: _hash([split.images, split.sample_ids], f"{dataset.mean} {dataset.std}"),
+        fingerprint=lambda: _hash(
+            itertools.chain(split.chunks(_HASHED_AT_ONCE), [split.sample_ids]), f"{dataset.mean} {dataset.std}"
+        ),
     )
 
 
@@ -227,7 +246,7 @@ def _own_views(samples: Samples) -> Views | None:
     )
 
 
-def _hash(tensors: list[Tensor], text: str) -> str:
+def _hash(tensors: Iterable[Tensor], text: str) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
@@ -235,9 +254,9 @@ def _hash(tensors: list[Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _dataset_evaluation(config: Config, dataset: Dataset, device: torch.device) -> dict[str, Loader]:
+def _dataset_evaluation(config: Config, dataset: Dataset[Any], device: torch.device) -> dict[str, Loader]:
     return {
-        name: MemoryLoader(
+        name: open_loader(
             _on_device(split, device),
             batch_size=EVALUATION_BATCH,
             mean=dataset.mean,
@@ -252,7 +271,7 @@ def _dataset_evaluation(config: Config, dataset: Dataset, device: torch.device) 
     }
 
 
-def _augmentation(config: DataConfig, dataset: Dataset) -> Augmentation | None:
+def _augmentation(config: DataConfig, dataset: Dataset[Any]) -> Augmentation | None:
     if config.augmentation == "none":
         return None
     crop = dataset.crop if config.augmentation == "auto" else True
@@ -264,8 +283,10 @@ def _augmentation(config: DataConfig, dataset: Dataset) -> Augmentation | None:
     )
 
 
-def _on_device(split: Split, device: torch.device) -> Split:
-    """Moved once: the loaders of all generations share it."""
+def _on_device(split: Split | StoredSplit, device: torch.device) -> Split | StoredSplit:
+    """Images in memory are moved once: the loaders of all generations share them."""
+    if isinstance(split, StoredSplit):
+        return split
     return Split(split.images.to(device), split.labels.to(device), split.sample_ids.to(device))
 
 
@@ -350,7 +371,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _count(loader: Loader) -> int | None:
-    return len(loader) if isinstance(loader, (MemoryLoader, TensorLoader)) else None
+    return len(loader) if isinstance(loader, KeyedLoader) else None
 
 
 def _structure(network: nn.Module) -> str:

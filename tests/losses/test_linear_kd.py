@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ban_fast.backends import dispatch
 from ban_fast.losses import fused_linear_kd, kd_loss
 
 BOTH = {"temperature": 3.5, "kd_weight": 0.7, "label_weight": 0.3}
@@ -56,6 +57,23 @@ def test_loss_and_gradients_are_those_of_whole_logits(reduction: str, chunk_byte
     weights = torch.randn_like(expected)
     value = torch.autograd.grad(loss, case.parameters, weights)
     torch.testing.assert_close(value, torch.autograd.grad(expected, case.parameters, weights), rtol=1e-9, atol=1e-11)
+
+
+def test_every_backend_serves_chunks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own loss and gradient of a chunk, through what "auto" would come to."""
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def resolve(name: str, loss: str, logits: Tensor) -> Any:
+        asked.append((loss, tuple(logits.shape)))
+        return dispatch.named(backend, logits.device.type)
+
+    monkeypatch.setattr("ban_fast.ops.linear_kd_chunks.dispatch.resolve", resolve)
+    case = Case()
+    loss, expected = case.loss(chunk_bytes=BUDGETS[2]), case.expected()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    value = torch.autograd.grad(loss, case.parameters)
+    torch.testing.assert_close(value, torch.autograd.grad(expected, case.parameters), rtol=1e-9, atol=1e-11)
+    assert asked == [("kd", (8, CLASSES)), ("kd", (8, CLASSES)), ("kd", (7, CLASSES))]
 
 
 @pytest.mark.parametrize(

@@ -257,3 +257,38 @@ def test_a_network_with_hooks_and_another_loss() -> None:
     whole = gradients_of(lambda hidden: 3 * kd_loss(F.linear(hidden, head), teacher) + hidden.pow(2).mean())
     for value, expected in zip(fused, whole, strict=True):
         torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_inductor(reduction: str) -> None:
+    """The default compiler, end to end with a model: two steps of training, as eager mode makes them."""
+    torch.compiler.reset()
+
+    def train(compile_it: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        body, head = torch.nn.Linear(7, WIDTH), torch.nn.Linear(WIDTH, CLASSES)
+
+        def step(x: Tensor, teacher: Tensor) -> Tensor:
+            hidden = body(x).tanh()
+            loss = fused_linear_kd(
+                hidden,
+                head.weight,
+                LABELS,
+                student_bias=head.bias,
+                teacher_logits=teacher,
+                reduction=reduction,
+                **OPTIONS,
+            )
+            return loss.sum() + hidden.pow(2).mean()
+
+        run = torch.compile(step, fullgraph=True) if compile_it else step
+        parameters = [*body.parameters(), *head.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            run(torch.randn(ROWS, 7), torch.randn(ROWS, CLASSES)).backward()
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    torch.testing.assert_close(train(True), train(False))

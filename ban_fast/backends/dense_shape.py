@@ -12,8 +12,9 @@ from torch import Tensor
 from ban_fast.backends.dense_passes import acc_dtype
 
 CHUNK_ELEMENTS = 1 << 20
-"""Activations that a CPU makes at a time, 4 MiB of fp32. oneDNN's 1x1 convolutions ran at 240 GFLOP/s a core (Zen 5) on
-4096 pixels of 216 channels, at 220 on half, at 100 to 170 on a batch whose activations leave the cache."""
+"""Activations that a CPU makes at a time, for each of torch's threads: 4 MiB of fp32. oneDNN's 1x1 convolutions ran at
+240 GFLOP/s a core (Zen 5) on 4096 pixels of 216 channels, at 220 on half, at 100 to 170 on a batch whose activations
+leave the cache. The fewer chunks, the fewer times threads wait for one another."""
 
 
 class Norm(NamedTuple):
@@ -93,7 +94,8 @@ class Shape:
         count = 1 if self.batch else 0
         if self.device.type == "cpu":  # two images at least: torch gives oneDNN no small one alone
             image = self.height * self.width * max(self.channels, self.bottleneck)
-            count = min(-(-self.batch * image // CHUNK_ELEMENTS), -(-self.batch // 2))
+            at_once = CHUNK_ELEMENTS * torch.get_num_threads()
+            count = min(-(-self.batch * image // at_once), -(-self.batch // 2))
         bounds = [self.batch * i // count for i in range(count + 1)] if count else []
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 

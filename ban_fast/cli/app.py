@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from .. import __version__
-from ..config import AMP_MODES, DEVICES, OBJECTIVES, SCHEDULES
+from ..config import AMP_MODES, DEVICES, LOADERS, OBJECTIVES, SCHEDULES
 from ..errors import UserError, suggest
 from .flags import Request
 from .signals import Signals
@@ -139,6 +139,16 @@ def train(
         int | None, _flag("--limit-train", "N", "Use only N training images.", _IMAGES, _whole)
     ] = None,
     limit_test: Annotated[int | None, _flag("--limit-test", "N", "Use only N test images.", _IMAGES, _whole)] = None,
+    loader: Annotated[
+        str | None,
+        _flag(
+            "--loader",
+            "|".join(LOADERS),
+            "Keep images in memory (the default), read their files batch by batch, or FFCV's (see prepare): the same "
+            "batches, bit for bit.",
+            _IMAGES,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         _flag(
@@ -226,16 +236,29 @@ def evaluate(
 def prepare(
     ctx: typer.Context,
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="digits, cifar10 or cifar100.", parser=_text, show_default=False)
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="digits, cifar10 or cifar100; for FFCV also a folder of images.",
+            parser=_text,
+            show_default=False,
+        ),
     ],
     data_dir: Annotated[
         str | None, _flag("--data-dir", "DIR", "Where to put it. Default: $BAN_FAST_DATA, else ~/.cache/ban_fast.")
+    ] = None,
+    format: Annotated[
+        str | None, _flag("--format", "ffcv", "Also write FFCV's .beton files, for train --loader ffcv.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        _flag("--image-size", "S", "Side in pixels that a folder's images have in FFCV's files.", parser=_whole),
     ] = None,
 ) -> int:
     """Download a dataset and check it against its published sum; what is there already is kept."""
     from . import commands
 
-    return commands.prepare(ctx.obj, data, data_dir)
+    return commands.prepare(ctx.obj, data, data_dir, format, image_size)
 
 
 @app.command()

@@ -75,15 +75,22 @@ def report(session: Session, run: str, out: str | None) -> int:
     return 0
 
 
-def prepare(session: Session, data: str, data_dir: str | None) -> int:
+def prepare(session: Session, data: str, data_dir: str | None, format: str | None, image_size: int | None) -> int:
     """`ban-fast prepare`."""
+    if format not in (None, "ffcv"):
+        raise UserError(f"--format must be ffcv, got {format!r}; without it the dataset is left as it is published")
+    if format is None and image_size is not None:
+        raise UserError("--image-size is for FFCV's files: add --format ffcv")
     from .. import data as datasets
 
     session.signals.answer = "raise"
     bar, progress = _download_bar()
     with bar:
-        place = datasets.prepare(data, data_dir, progress=progress)
-    print(f"{data} is ready: {place}")
+        if format is None:
+            places = [datasets.prepare(data, data_dir, progress=progress)]
+        else:
+            places = datasets.prepare_ffcv(data, data_dir, image_size=image_size, progress=progress)
+    print(f"{data} is ready: {' and '.join(map(str, places))}")
     return 0
 
 

@@ -35,6 +35,7 @@ FIELDS = {
     "val_fraction": "data.val_fraction",
     "limit_train": "data.limit_train",
     "limit_test": "data.limit_test",
+    "loader": "data.loader",
     "max_steps": "max_steps",
 }
 _OTHER_FLAGS = {"recipe": "--recipe", "model.options": "--model-option"}
@@ -94,7 +95,7 @@ def resumed(values: Values, directory: Path) -> Request:
             asked.config.recipe = _recipe(values["recipe"]).recipe
             asked.given.add("recipe")
     for path, old, new in _differences(stored, asked.config):
-        if path == "data.directory":  # where the data lie is no part of what a run is
+        if path in ("data.directory", "data.loader"):  # where the data lie is no part of what a run is
             continue
         raise UserError(
             f"{asked.name_of(path)} is {_show(new)}, but {_show(old)} in the run to resume, {directory}; "

@@ -13,10 +13,10 @@ import torch
 
 from .. import __version__
 from ..backends import dispatch, table
-from ..data import cifar
+from ..data import beton, cifar
 
 _DISTRIBUTIONS = ("torch", "torchvision", "numpy", "triton")
-_OPTIONAL = ("timm", "ffcv")
+_OPTIONAL = ("timm",)
 
 
 def lines(data_dir: str | None) -> Iterator[str]:
@@ -27,7 +27,7 @@ def lines(data_dir: str | None) -> Iterator[str]:
         ("devices", _devices()),
         ("backends of the losses", _backends()),
         (f"datasets, in {root}", _datasets(root)),
-        ("optional packages", {name: _version(name) for name in _OPTIONAL}),
+        ("optional packages", {name: _version(name) for name in _OPTIONAL} | {"ffcv": _ffcv()}),
     ):
         yield title
         width = max(map(len, entries))
@@ -45,6 +45,10 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _ffcv() -> str:
+    return beton.missing() or _version("ffcv")
 
 
 def _native_cuda() -> str:

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,13 @@ def measure(device: str) -> dict[str, Any]:
     if names == ["reference"]:
         raise SystemExit(f"nothing to choose among on {device!r}: {dispatch.available(device)}")
     described = machine.describe(device)
-    cells = []
-    for loss, dtype, (rows, classes) in grid(device):
-        steps = {name: step(loss, name, device, getattr(torch, dtype), (rows, classes)) for name in names}
-        cell: Cell = {"loss": loss, "dtype": dtype, "rows": rows, "classes": classes}
-        cell |= laps(steps, device).to_dict()
-        cell["backend"] = fastest(cell)
-        cells.append(cell)
+    found = {place: measure_cell(place, names, device) for place in grid(device)}
+    for place, (_, decided) in found.items():
+        if not decided:  # something else was running then
+            found[place] = measure_cell(place, names, device)
+    undecided = [f"{loss} {dtype} {list(shape)}" for (loss, dtype, shape), (_, decided) in found.items() if not decided]
+    if undecided:
+        print(f"left to the reference, since rounds did not agree: {', '.join(undecided)}", file=sys.stderr)
     return {
         "machine": machine.name(described),
         "versions": described["versions"],
@@ -114,8 +114,16 @@ def measure(device: str) -> dict[str, Any]:
         "date": described["date"],
         "load_at_start": described["load_at_start"],
         "sources": fingerprint(device),
-        "cells": cells,
+        "cells": [cell for cell, _ in found.values()],
     }
+
+
+def measure_cell(place: tuple[str, str, Shape], names: Sequence[str], device: str) -> tuple[Cell, bool]:
+    """A cell of the table, and whether its rounds agreed on who is faster."""
+    loss, dtype, shape = place
+    measured = laps({name: step(loss, name, device, getattr(torch, dtype), shape) for name in names}, device)
+    cell: Cell = {"loss": loss, "dtype": dtype, "rows": shape[0], "classes": shape[1], **measured.to_dict()}
+    return cell | {"backend": fastest(cell)}, measured.decided()
 
 
 def step(loss: str, backend: str, device: str, dtype: torch.dtype, shape: Shape) -> Callable[[], object]:

@@ -102,6 +102,21 @@ def test_rounds_that_do_not_agree_are_repeated(
     assert len(found.seconds["native"]) == len(found.seconds["reference"]) == rounds
 
 
+def test_a_cell_without_a_decision_is_measured_once_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And named where that does not help."""
+    places = [("kd", "float32", (16, 10)), ("kd", "float32", (16, 100)), ("kd", "float32", (16, 1000))]
+    answers = iter([True, False, False, True, False])
+    monkeypatch.setattr(measured, "grid", lambda device: iter(places))
+    monkeypatch.setattr(measured, "measure_cell", lambda place, *_: ({"shape": place[2]}, next(answers)))
+    cells = measured.measure("cpu")["cells"]
+    assert [cell["shape"] for cell in cells] == [(16, 10), (16, 100), (16, 1000)]
+    assert next(answers, None) is None
+    said = capsys.readouterr().err
+    assert said == "left to the reference, since rounds did not agree: kd float32 [16, 1000]\n"
+
+
 def test_comments_and_layout_leave_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [tmp_path / "a.py", tmp_path / "b.cpp"]
     monkeypatch.setattr(measured, "sources", lambda device: files)

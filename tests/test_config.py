@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError, suggest
 
 EVERYTHING = Config(
@@ -14,6 +14,8 @@ EVERYTHING = Config(
     model=ModelConfig(name="wrn-10-1", options={"dropout": 0.3, "memory": "plain"}),
     objective=ObjectiveConfig(name="ban+l", temperature=4, kd_weight=0.9, label_weight=0.1),
     optimizer=OptimizerConfig(lr=1, milestones=(0.25, 0.5)),
+    teacher=TeacherConfig(mode="cache", cache_dtype="fp16", cache_directory="/caches"),
+    students=("ban", "dkpp"),
     max_steps=7,
 )
 
@@ -59,6 +61,13 @@ def test_every_field_has_a_docstring() -> None:
         ({"optimizer": {"milestones": ["a"]}}, "optimizer.milestones", "rising"),
         ({"objective": {"kd_weight": 0}}, "objective.kd_weight", "nothing is left to learn"),
         ({"optimizer": {"momentum": 0}}, "optimizer.nesterov", "momentum above 0"),
+        ({"teacher": {"mode": "cached"}}, "teacher.mode", "did you mean 'cache'"),
+        ({"teacher": {"mode": "live", "cache_directory": "x"}}, "teacher.cache_directory", "has no cache"),
+        ({"teacher": {"mode": "live", "cache_dtype": "bf16"}}, "teacher.cache_dtype", "has no cache"),
+        ({"students": "ban"}, "students", "must be tuple, got 'ban'"),
+        ({"students": ["ban", 3]}, "students", "must be names of objectives, got 3"),
+        ({"students": ["ban", "ban"]}, "students", "must be different objectives"),
+        ({"students": ["cwtm", "bam"]}, "students", "did you mean 'ban'"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction", "[0, 1), got 1"),
         ({"data": {"limit_train": 0}}, "data.limit_train", "at least 1, got 0"),
         ({"data": "cifar10"}, "data", "must be an object"),

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from .. import __version__
-from ..config import AMP_MODES, DEVICES, LOADERS, OBJECTIVES, SCHEDULES
+from ..config import AMP_MODES, CACHE_DTYPES, DEVICES, LOADERS, OBJECTIVES, SCHEDULES, TEACHERS
 from ..errors import UserError, suggest
 from .flags import Request
 from .signals import Signals
@@ -170,6 +170,15 @@ def train(
     objective: Annotated[
         str | None, _flag("--objective", "O", f"What students learn from: {', '.join(OBJECTIVES)}.", _NETWORKS)
     ] = None,
+    students: Annotated[
+        str | None,
+        _flag(
+            "--students",
+            "O,O,...",
+            "Instead of one: a student for each of these objectives, side by side on one teacher, in DIR/O.",
+            _NETWORKS,
+        ),
+    ] = None,
     kd_weight: Annotated[
         float | None, _flag("--kd-weight", "F", "Weight of the teacher's outputs. Default: 1.", _NETWORKS, _real)
     ] = None,
@@ -183,6 +192,29 @@ def train(
     generations: Annotated[
         int | None,
         _flag("--generations", "N", "Students after the teacher; 0 trains the teacher alone.", _NETWORKS, _whole),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        _flag(
+            "--teacher",
+            "|".join(TEACHERS),
+            "Ask the teacher for each batch, or keep its outputs for each view of an image. Default: auto, by what "
+            "that saves, the same bits either way.",
+            _NETWORKS,
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        _flag("--cache-dtype", "|".join(CACHE_DTYPES), "Of outputs kept; fp32, the default, is exact.", _NETWORKS),
+    ] = None,
+    cache_dir: Annotated[
+        str | None,
+        _flag(
+            "--cache-dir",
+            "DIR",
+            "Keep outputs there, for other runs too. Default: in the run, until its student is trained.",
+            _NETWORKS,
+        ),
     ] = None,
     epochs: Annotated[
         int | None, _flag("--epochs", "N", "Passes over the training images, for each generation.", _TRAINING, _whole)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..config import STUDENT_FOLDERS, Config
 from ..errors import UserError
 from . import flags
 from .app import Session
@@ -34,12 +35,14 @@ def train(session: Session, values: flags.Values) -> int:
     again = f"continue with `ban-fast train --out {shlex.quote(str(out))} --resume`"
     with narrator(signals, again) as watching:
         try:
-            training.run(config, out=out, resume=resume, observer=watching, should_stop=signals.requested)
+            train_all = training.run_together if config.students else training.run
+            train_all(config, out=out, resume=resume, observer=watching, should_stop=signals.requested)
         except training.Interrupted:
             signals.remark = f" at generation {watching.generation}, step {watching.done:,}: saved; {again}"
             raise Stopped from None
     signals.answer, signals.remark = "raise", " after training had ended"
-    _print(table(RunDirectory(out)))
+    for run in _runs(out, config):
+        _print(table(RunDirectory(run)))
     print(f"plots: ban-fast report {shlex.quote(str(out))}")
     return 0
 
@@ -54,8 +57,9 @@ def evaluate(session: Session, run: str, members: str | None, data_dir: str | No
 
     session.signals.answer = "raise"
     directory = RunDirectory(run)
-    flags.read(directory.path / "config.json", "RUN")
-    _print(table(directory, training.evaluate_run(directory.path, members=chosen, data_dir=data_dir)))
+    for path in _runs(directory.path, flags.read(directory.path / "config.json", "RUN")):
+        figures = training.evaluate_run(path, members=chosen, data_dir=data_dir)
+        _print(table(RunDirectory(path), figures))
     return 0
 
 
@@ -68,10 +72,12 @@ def report(session: Session, run: str, out: str | None) -> int:
 
     session.signals.answer = "raise"
     directory = RunDirectory(run)
-    flags.read(directory.path / "config.json", "RUN")
-    _print(table(directory))
-    for path in plots(directory, directory.path / "report" if out is None else out):
-        print(path)
+    config = flags.read(directory.path / "config.json", "RUN")
+    for path in _runs(directory.path, config):
+        below = path.relative_to(directory.path)  # "." for a run by itself
+        _print(table(RunDirectory(path)))
+        for plot in plots(RunDirectory(path), path / "report" if out is None else Path(out) / below):
+            print(plot)
     return 0
 
 
@@ -101,6 +107,11 @@ def info(session: Session, data_dir: str | None) -> int:
     for line in lines(data_dir):
         print(line)
     return 0
+
+
+def _runs(path: Path, config: Config) -> list[Path]:
+    """The run in a directory, or those of the students that were trained side by side below it."""
+    return [path / STUDENT_FOLDERS[name] for name in config.students] or [path]
 
 
 def _find_own_modules() -> None:

@@ -19,6 +19,10 @@ FIELDS = {
     "image_size": "data.image_size",
     "model": "model.name",
     "objective": "objective.name",
+    "students": "students",
+    "teacher": "teacher.mode",
+    "cache_dtype": "teacher.cache_dtype",
+    "cache_dir": "teacher.cache_directory",
     "kd_weight": "objective.kd_weight",
     "label_weight": "objective.label_weight",
     "generations": "generations",
@@ -95,7 +99,8 @@ def resumed(values: Values, directory: Path) -> Request:
             asked.config.recipe = _recipe(values["recipe"]).recipe
             asked.given.add("recipe")
     for path, old, new in _differences(stored, asked.config):
-        if path in ("data.directory", "data.loader"):  # where the data lie is no part of what a run is
+        # Where things lie, and who reads them, is no part of what a run is.
+        if path in ("data.directory", "data.loader", "teacher.cache_directory"):
             continue
         raise UserError(
             f"{asked.name_of(path)} is {_show(new)}, but {_show(old)} in the run to resume, {directory}; "
@@ -129,15 +134,21 @@ def read(file: Path, option: str) -> Config:
 def _overridden(request: Request, values: Values) -> Request:
     """`request` with every flag given put into its configuration."""
     config = request.config
+    if values["objective"] is not None and values["students"] is not None:
+        raise UserError("--objective and --students each say what students learn from; leave one of them out")
+    if values["objective"] is not None:
+        config.students = ()  # one line of a file's several
     for name, path in FIELDS.items():
         value = values[name]
         if value is None:
             continue
         if path == "model.name" and value != config.model.name:
             config.model = ModelConfig()  # another network has other options
+        if path == "students":
+            value = tuple(value.split(","))
         if path == "objective.name" and value != config.objective.name:
             config.objective.kd_weight = config.objective.label_weight = None
-        if path in ("data.name", "data.directory"):
+        if path in ("data.name", "data.directory", "teacher.cache_directory"):
             value = _absolute(path, value)
         section, _, key = path.rpartition(".")
         setattr(getattr(config, section) if section else config, key, value)
@@ -181,4 +192,6 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
 def _show(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{k}={v}" for k, v in value.items()) or "none"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "not set"
     return "not set" if value is None else str(value)

@@ -54,19 +54,25 @@ class Narrator(Observer):
         self._signals.answer = "ask"
         self._signals.remark = f" at once; the last checkpoint stands: {self._again}"
         self.config, self.plan = config, plan
+        together = f", {' and '.join(plan.students)} side by side" if plan.students else ""
         self.say(
             f"{config.model.name}, {plan.parameters:,} parameters, on {plan.device}: "
-            f"{plan.generations} generation{'s' * (plan.generations > 1)} of {plan.steps:,} steps"
+            f"{plan.generations} generation{'s' * (plan.generations > 1)} of {plan.steps:,} steps{together}"
         )
 
     def generation_started(self, generation: int, objective: str, total_steps: int, done_steps: int) -> None:
         self.generation, self.done = generation, done_steps
+
+    def teacher_chosen(self, generation: int, text: str) -> None:
+        self.say(f"{describe.generation(generation):<8} teacher {text}")
 
     def step(self, generation: int, done_steps: int) -> None:
         self.done = done_steps
 
     def generation_finished(self, generation: int, record: dict[str, Any]) -> None:
         name, seconds = describe.generation(generation), describe.duration(record["train_seconds"])
+        if generation and self.plan is not None and self.plan.students:
+            name += f" ({record['objective']})"
         self.say(f"{name:<8} test error {record['test']['error']:.2f} %, trained in {seconds}")
 
     def message(self, text: str) -> None:

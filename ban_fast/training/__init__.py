@@ -4,5 +4,6 @@ from .evaluate import evaluate_run
 from .generations import run
 from .observer import Interrupted, Observer, Plan
 from .results import Results
+from .together import run_together
 
-__all__ = ["Interrupted", "Observer", "Plan", "Results", "evaluate_run", "run"]
+__all__ = ["Interrupted", "Observer", "Plan", "Results", "evaluate_run", "run", "run_together"]

@@ -13,6 +13,7 @@ or does not fit its checksums (a torn page, after a power failure) count, and th
 there is always the beginning of what was computed, and a resumed run computes the rest as an uninterrupted one would.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -49,7 +50,7 @@ class Rows(Protocol):
         """[count, width]; good until the next `append`."""
         ...
 
-    def append(self, keys: Tensor, values: Tensor, forwards: int) -> None:
+    def append(self, values: Tensor, forwards: int, keys: Tensor) -> None:
         """`values` [n, width] under `keys` int64 [n], for which the teacher was shown `forwards` images."""
         ...
 
@@ -75,7 +76,7 @@ class MemoryRows:
         """[count, width]."""
         return self._table[: self.count]
 
-    def append(self, keys: Tensor, values: Tensor, forwards: int) -> None:  # [n], [n, width]
+    def append(self, values: Tensor, forwards: int, keys: Tensor | None = None) -> None:  # [n, width], [n]
         """Keep `values`; their keys are the caller's affair."""
         end = self.count + len(values)
         if end > len(self._table):
@@ -127,7 +128,7 @@ class FileRows:
         """[count, width], mapped from the file."""
         return self._mapped[: self.count]
 
-    def append(self, keys: Tensor, values: Tensor, forwards: int) -> None:  # [n], [n, width]
+    def append(self, values: Tensor, forwards: int, keys: Tensor) -> None:  # [n, width], [n]
         """Write rows, then the record of them. UserError where the disk refuses; the rows before stay as they are."""
         data = _bytes(values.to("cpu", self._dtype))
         named = _bytes(keys.cpu())
@@ -156,16 +157,22 @@ class FileRows:
         self._dirty = False
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Let go of the files, without the room ahead. `table` must not be read any more."""
+        if self._rows.closed:
+            return
         self._mapped = self._mapped.new_empty(0, self._width)
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
         self._rows.close()
         self._index.close()
         self._lock.release()
 
     def remove(self) -> None:
-        """`close`, and delete the directory."""
+        """`close`, and delete the directory; the one around it too, if this was the last in it."""
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
 
     def _describe(self, description: dict[str, Any]) -> None:
         file = self.path / DESCRIPTION

@@ -23,7 +23,7 @@ from .results import Results
 from .run_store import RunStore
 from .seeds import derived_seed, generation_seed, isolated
 from .task import CUSTOM, ModelFactory, Samples, Task, build, make_task, network_factory, training_device, with_own
-from .teacher import Teacher
+from .teacher import Teacher, fingerprint
 from .teacher_choice import FOLDER, check_cache, choose_teacher
 
 
@@ -92,21 +92,23 @@ def grow(
 
     They differ in their objectives alone; `config` is of all of them, `home` the directory that they have in common.
     """
+    _share_teacher(lineages)  # a kill may have come between
     finished = min(lineage.finished for lineage in lineages)
     observer.run_started(config, _plan(config, task, finished))
     for number in range(finished, config.generations + 1):
         if should_stop():
             raise Interrupted
-        if number == 0:
-            leader = max(lineages, key=lambda lineage: lineage.finished)
-            if not leader.finished:
-                _grow_generation(0, [leader], config, task, home, observer, should_stop)
-            for lineage in lineages:
-                if not lineage.finished:
-                    lineage.adopt_teacher(leader)
-        else:
-            here = [lineage for lineage in lineages if lineage.finished == number]
-            _grow_generation(number, here, config, task, home, observer, should_stop)
+        here = [lineage for lineage in lineages if lineage.finished == number]
+        _grow_generation(number, here if number else here[:1], config, task, home, observer, should_stop)
+        _share_teacher(lineages)
+
+
+def _share_teacher(lineages: Sequence[Lineage]) -> None:
+    """Generation 0, once one lineage has it, is that of all."""
+    leader = max(lineages, key=lambda lineage: lineage.finished)
+    for lineage in lineages:
+        if leader.finished and not lineage.finished:
+            lineage.adopt_teacher(leader)
 
 
 def _grow_generation(
@@ -143,11 +145,11 @@ def _teachers(
     observer: Observer,
     stack: ExitStack,
 ) -> dict[int, Teacher]:
-    """The teacher of each lineage that needs one, by the lineage's id; one for all that have the same network."""
-    pupils: dict[int, list[Lineage]] = {}
+    """The teacher of each lineage that needs one, by the lineage's id; one for all whose networks are the same."""
+    pupils: dict[str, list[Lineage]] = {}
     for lineage in lineages:
         if needs_teacher(objective_name(lineage.config, number)):
-            pupils.setdefault(id(lineage.network(number - 1)), []).append(lineage)
+            pupils.setdefault(fingerprint(lineage.network(number - 1)), []).append(lineage)
     teachers: dict[int, Teacher] = {}
     for several in pupils.values():
         objectives = [lineage.config.objective.name for lineage in several]
@@ -156,7 +158,8 @@ def _teachers(
         teacher, said = choose_teacher(network, config, task, objectives, cache_home, _owner(home, config))
         stack.callback(teacher.close)
         if said is not None:
-            observer.teacher_chosen(number, said)
+            whose = f"of {' and '.join(objectives)}, " if len(pupils) > 1 else ""
+            observer.teacher_chosen(number, whose + said)
         teachers |= {id(lineage): teacher for lineage in several}
     return teachers
 

@@ -60,7 +60,7 @@ def make_objective(config: ObjectiveConfig, seed: int) -> Objective:
         assert taught is not None
         loss, terms = cwtm_loss(
             student,
-            taught.logits,
+            taught.logits if taught.confidence is None else None,
             batch.labels,
             confidence=taught.confidence,
             teacher_rows=taught.rows,

@@ -12,14 +12,14 @@ from ..errors import UserError
 
 
 class Taught(NamedTuple):
-    """What a teacher says of one batch, as the losses take it: logits, or for CWTM their largest softmax alone."""
+    """What a teacher says of one batch, as the losses take it; CWTM takes the confidence if it is there."""
 
     logits: Tensor | None
-    """[B, C]; with `rows`, [M, C]."""
+    """[B, C]; with `rows`, [M, C]. None: the confidence is all there is."""
     rows: Tensor | None = None
     """int64 [B]: sample i is taught by row `rows[i]`. None: by row i."""
     confidence: Tensor | None = None
-    """fp32 [B]; with `rows`, [M]."""
+    """The largest softmax output, fp32 [B]; with `rows`, [M]."""
 
 
 class Teacher(Protocol):

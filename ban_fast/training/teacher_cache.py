@@ -19,6 +19,7 @@ from .teacher import Frozen, Taught, check_fingerprint, dtype_name
 _MOST_AHEAD = 16
 """Batches: the last of the teacher's own, which is filled up, costs at most one forward pass in so many."""
 _BYTES_AHEAD = 2**26
+_ROWS_AT_A_TIME = 65_536
 _UNKNOWN = -1
 
 
@@ -36,13 +37,15 @@ class CachedTeacher(Frozen):
         batch_size: int,
         device: torch.device,
         only_confidence: bool = False,
+        with_confidence: bool = False,
         on_device: bool = True,
         is_own: bool = False,
     ) -> None:
         """Sample ids are below `samples`, views below `views`; the network is shown `batch_size` images at a time.
 
-        `only_confidence`: rows of one number, the largest softmax output, which is all that CWTM needs. `on_device`:
-        whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, a batch's are copied.
+        `only_confidence`: rows of one number, the largest softmax output, which is all that CWTM needs;
+        `with_confidence`: rows of logits, and that number beside them. `on_device`: whether a copy of rows that lie
+        elsewhere is kept in the device's memory; where it is not, a batch's are copied.
         `is_own`: whether files are for this teacher's students alone.
         """
         super().__init__(network, forward)
@@ -56,10 +59,11 @@ class CachedTeacher(Frozen):
         self._dtype = table.dtype
         if on_device and table.device.type != device.type:
             self._copy = MemoryRows(table.shape[1], table.dtype, device)
+        self._confidence = MemoryRows(1, torch.float32, device) if with_confidence else None
         if isinstance(rows, FileRows) and rows.count:
             self._place(rows.keys.to(device), 0)
-            if self._copy is not None:
-                self._copy.append(rows.keys, table, 0)
+            for start in range(0, rows.count, _ROWS_AT_A_TIME):
+                self._keep_beside(table[start : start + _ROWS_AT_A_TIME])
 
     @property
     def forward_images(self) -> int:
@@ -92,10 +96,12 @@ class CachedTeacher(Frozen):
         """Its rows, where they lie."""
         slots = self._slots[self._keys(batch)].long()
         table = self._rows.table if self._copy is None else self._copy.table
+        confidence = None if self._confidence is None else self._confidence.table[:, 0]
         rows: Tensor | None = slots
         if table.device.type != self._device.type:
             table, rows = table[slots.cpu()].to(self._device, non_blocking=True), None
-        return Taught(None, rows, table[:, 0]) if self._only_confidence else Taught(table, rows)
+            confidence = None if confidence is None else confidence[slots]
+        return Taught(None, rows, table[:, 0]) if self._only_confidence else Taught(table, rows, confidence)
 
     def record(self, images: int) -> dict[str, Any]:
         """How many images the teacher saw, for all students that share it in this run."""
@@ -130,7 +136,7 @@ class CachedTeacher(Frozen):
 
     def _compute(self, keys: Tensor, images: Tensor) -> None:  # [n], [batch_size, ...], n <= batch_size
         logits = self.logits(images)[: len(keys)]
-        values = logits.float().softmax(1).amax(1, keepdim=True) if self._only_confidence else logits
+        values = _confidence(logits) if self._only_confidence else logits
         kept = values.to(self._dtype)
         if self._dtype == torch.float16 and not torch.equal(kept.isfinite(), values.isfinite()):
             raise UserError(
@@ -138,10 +144,20 @@ class CachedTeacher(Frozen):
                 "use --cache-dtype bf16 or fp32 and another --out"
             )
         first = self._rows.count
-        self._rows.append(keys, kept, self._batch_size)
+        self._rows.append(kept, self._batch_size, keys)
         self._place(keys, first)
+        self._keep_beside(kept)
+
+    def _keep_beside(self, kept: Tensor) -> None:  # [n, width]
         if self._copy is not None:
-            self._copy.append(keys, kept, self._batch_size)
+            self._copy.append(kept, 0)
+        if self._confidence is not None:
+            self._confidence.append(_confidence(kept), 0)
 
     def _place(self, keys: Tensor, first: int) -> None:
         self._slots[keys] = torch.arange(first, first + len(keys), dtype=torch.int32, device=self._device)
+
+
+def _confidence(logits: Tensor) -> Tensor:  # [n, C] -> [n, 1]
+    """CWTM's c (eq. 10), in fp32."""
+    return logits.float().softmax(1).amax(1, keepdim=True)

@@ -42,19 +42,21 @@ class Fill:
     """Of each image."""
     live: int
     """Images that a live teacher is shown."""
+    seen: float
+    """Views of an image that come up at least once, in expectation: each time it is shown, one of them is drawn."""
     rows: int
-    """Views that come up at least once, in expectation: each epoch draws one of each image's at random."""
+    """The same of all images."""
 
     @classmethod
     def expected(cls, config: Config, task: Task) -> "Fill":
         """Of one generation. Needs `task.views`."""
         assert task.views is not None
         images, steps_per_epoch = task.shape["train_images"], task.shape["steps_per_epoch"]
-        epochs = total_steps(config, steps_per_epoch) / steps_per_epoch
-        views = task.views.each
-        seen = 1.0 if views == 1 else views * (1 - (1 - 1 / views) ** epochs)
-        live = total_steps(config, steps_per_epoch) * _forward_batch(config, task)
-        return cls(epochs=epochs, views=views, live=live, rows=min(round(images * seen), live))
+        steps, views = total_steps(config, steps_per_epoch), task.views.each
+        live = steps * _forward_batch(config, task)
+        seen = views * (1 - (1 - 1 / views) ** (live / images))
+        rows = min(round(images * seen), live)
+        return cls(epochs=steps / steps_per_epoch, views=views, live=live, seen=seen, rows=rows)
 
     def saved(self, known: int, all_views: int) -> float:
         """Share of the live teacher's forward passes that a cache saves, `known` of all views being in it before."""
@@ -62,8 +64,7 @@ class Fill:
 
     def sentence(self, saved: float) -> str:
         """ "200 epochs show 115 of 162 views of an image: 42 % fewer forward passes"."""
-        seen = self.rows * self.epochs / self.live
-        of = f"{seen:.3g} of {self.views} views" if self.views > 1 else "one view"
+        of = f"{self.seen:.3g} of {self.views} views" if self.views > 1 else "one view"
         return f"{self.epochs:.4g} epochs show {of} of an image: {saved:.0%} fewer forward passes than live"
 
 
@@ -134,7 +135,8 @@ def _cached(
     if mode == "auto" and not named and (saved := fill.saved(0, 1)) < worth:
         return LiveTeacher(frozen.network, forward), f"live: {fill.sentence(saved)}"
     # Only what is exact is picked unasked: kernels know confidences to more digits than fp32 has.
-    only_confidence = mode == "cache" and all(name in ("cwtm", "label") for name in objectives)
+    by_confidence = mode == "cache" and "cwtm" in objectives
+    only_confidence = by_confidence and set(objectives) == {"cwtm"}
     rows, only_confidence = _rows(frozen, config, task, only_confidence, home, owner)
     saved = fill.saved(rows.count, views.samples * views.each)
     row_bytes = rows.table.shape[1] * rows.table.element_size()
@@ -148,14 +150,15 @@ def _cached(
         batch_size=_forward_batch(config, task),
         device=task.device,
         only_confidence=only_confidence,
+        with_confidence=by_confidence and not only_confidence,
         on_device=on_device,
         is_own=not named,
     )
     what = "confidences" if only_confidence else "logits"
-    place = str(rows.path) if isinstance(rows, FileRows) else "memory"
+    place = str(rows.path.parent) if isinstance(rows, FileRows) else "memory"
     if task.device.type == "cuda" and isinstance(rows, FileRows):
         place += " and the device's memory" if on_device else " (too large for the device's memory)"
-    exact = same_bits and not only_confidence and rows.table.dtype == torch.float32
+    exact = same_bits and not by_confidence and rows.table.dtype == torch.float32
     text = (
         f"cache: {fill.sentence(saved)}; {what} in {dtype_name(rows.table.dtype)}, about "
         f"{_size(fill.rows * row_bytes)} in {place}, {'the same bits as live' if exact else 'rounded'}"

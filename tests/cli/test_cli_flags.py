@@ -47,6 +47,18 @@ def test_only_what_is_given_overrides() -> None:
     assert config == expected
 
 
+def test_students_are_a_list_and_one_objective_is_none_of_it(tmp_path: Path) -> None:
+    config = requested(students="ban,ban+l", cache_dir="caches")
+    assert config.students == ("ban", "ban+l")
+    assert config.teacher.cache_directory == str(Path("caches").absolute())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    assert requested(config=str(file)).students == ("ban", "ban+l")
+    assert requested(config=str(file), students="cwtm").students == ("cwtm",)
+    single = requested(config=str(file), objective="dkpp")
+    assert (single.students, single.objective.name) == ((), "dkpp")
+
+
 def test_every_field_of_a_flag_is_one_of_the_configuration() -> None:
     for path in flags.FIELDS.values():
         value: Any = Config()
@@ -135,8 +147,9 @@ class TestResume:
         assert same == self.resumed(run)
         assert self.resumed(run, config=str(run / "config.json")) == same
 
-    def test_data_may_have_moved(self, run: Path) -> None:
+    def test_data_and_caches_may_have_moved(self, run: Path) -> None:
         assert self.resumed(run, data_dir="/elsewhere").data.directory == "/elsewhere"
+        assert self.resumed(run, cache_dir="/elsewhere").teacher.cache_directory == "/elsewhere"
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -147,6 +160,8 @@ class TestResume:
             ({"model_option": ["image_size=9"]}, "--model-option is image_size=9, but image_size=8 in"),
             ({"limit_train": 5}, "--limit-train is 5, but not set in"),
             ({"lr": 0.5}, "--lr is 0.5, but "),
+            ({"teacher": "live"}, "--teacher is live, but auto in"),
+            ({"students": "ban,cwtm"}, "--students is ban,cwtm, but not set in"),
         ],
     )
     def test_anything_else_is_refused_by_name(self, run: Path, given: dict[str, Any], message: str) -> None:

@@ -207,3 +207,42 @@ def test_our_warnings_are_a_line_and_those_of_libraries_none(
     said = call("evaluate", run)
     assert said.status == 0
     assert said.err == "ban-fast: warning: ours in two lines\n"
+
+
+def test_students_side_by_side(call: Call, tmp_path: Path) -> None:
+    """A table for each, below one directory; each is a run of its own, and all are resumed, evaluated and reported."""
+    said = call("train", *SMALL, "--students", "ban,ban+l", "--out", "run")
+    assert (said.status, said.err) == (0, "")
+    assert "2 generations of 4 steps, ban and ban+l side by side" in said.out
+    for words in ("BAN-1 (ban+l) test error", ", BAN, seed 0: run/ban\n", ", BAN+L, seed 0: run/ban_l\n"):
+        assert words in said.out
+    before = tree(tmp_path)
+    again = call("train", "--out", "run", "--resume")
+    assert (again.status, again.err) == (0, "")
+    assert tree(tmp_path) == before
+    assert call("train", *SMALL, "--objective", "ban+l", "--out", "alone").status == 0
+    for name in ("config.json", "generation-0/model.safetensors", "generation-1/model.safetensors"):
+        assert (tmp_path / "run" / "ban_l" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    evaluated = call("evaluate", "run")
+    assert (evaluated.status, evaluated.err) == (0, "")
+    assert evaluated.out == call("evaluate", "run/ban").out + call("evaluate", "run/ban_l").out
+    plots = [Path(line) for line in call("report", "run").out.splitlines() if line.endswith(".png")]
+    assert [path.parent for path in plots] == [Path("run/ban/report")] * 3 + [Path("run/ban_l/report")] * 3
+    assert call("report", "run", "--out", "elsewhere").status == 0
+    assert len(list((tmp_path / "elsewhere").glob("*/*.png"))) == 6
+
+
+def test_a_teacher_that_is_kept_is_said_and_shared(call: Call, tmp_path: Path) -> None:
+    kept = ("--epochs", "20", "--teacher", "cache", "--cache-dir", "caches")
+    said = call("train", *SMALL, *kept, "--out", "a")
+    assert (said.status, said.err) == (0, "")
+    assert "BAN-1    teacher cache: 20 epochs show" in said.out
+    assert f"in {tmp_path / 'caches'}" in said.out
+    assert call("train", *SMALL, *kept, "--objective", "dkpp", "--out", "b").status == 0
+    records = [json.loads((tmp_path / run / "results.json").read_text())["generations"][1] for run in ("a", "b")]
+    assert records[0]["teacher"]["forward_images"] > records[1]["teacher"]["forward_images"] == 0
+    (folder,) = (tmp_path / "caches").iterdir()
+    (folder / "cache.json").write_text("{}")
+    said = call("train", *SMALL, *kept, "--objective", "ban+l", "--out", "c")
+    assert said.status == 2
+    said.line("is the cache of another format", "delete the directory", "--cache-dir")

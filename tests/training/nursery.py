@@ -5,6 +5,7 @@ its own, with one thread, that runs `ban_fast.training.run` to its end, is kille
 moment, or kills itself in the same way just before its nth operation on a file.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from small_runs import Recorder, config, own
 
-from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from ban_fast.training import run
+from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig
+from ban_fast.training import run, run_together
 
 
 def child(work: Callable[..., None], *arguments: Any) -> int:
@@ -52,7 +53,8 @@ def outcome(pid: int) -> int:
 def session(settings: Config, path: Path, arguments: dict[str, Any], log: Path) -> None:
     """One try at the run: begin it, or go on with it. Its count of steps goes to `log`, if it lives that long."""
     observer = Recorder()
-    run(settings, out=path, resume=(path / "config.json").exists(), observer=observer, **arguments)
+    train = run_together if settings.students else run
+    train(settings, out=path, resume=(path / "config.json").exists(), observer=observer, **arguments)
     done = sum(done for _, _, _, done in observer.started)
     skipped = observer.plan.finished * observer.plan.steps if observer.plan else 0
     log.write_text(json.dumps({"steps": sum(observer.steps.values()), "done": done + skipped}))
@@ -95,14 +97,13 @@ def await_checkpoints(pid: int, path: Path, count: int) -> None:
 
 def stamps(path: Path) -> list[tuple[str, int]]:
     found = []
-    for file in path.glob("generation-*/state.pt"):
+    for file in path.glob("**/generation-*/state.pt"):
         found.append((str(file), file.stat().st_ino))
     return sorted(found)
 
 
-def killed_at_each_operation(directory: Path) -> None:
+def killed_at_each_operation(directory: Path, settings: Config) -> None:
     """Kill a run before its first operation on a file, its second, ... until one comes to its end unharmed."""
-    settings = config(epochs=1, max_steps=1, checkpoint_seconds=0.0)
     log = directory / "log.json"
     assert outcome(child(session, settings, directory / "whole", own(), log)) == 0
     nth = 0
@@ -128,16 +129,19 @@ def session_killed_before(nth: int, settings: Config, path: Path, log: Path) -> 
             if count == nth:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    fsync = os.fsync
+    fsync, pwrite, ftruncate = os.fsync, os.pwrite, os.ftruncate  # those that raise no audit event
 
-    def watched_fsync(descriptor: int) -> None:  # the one that raises no audit event
+    def watched(operation: Callable[..., Any], *arguments: Any) -> Any:
         nonlocal count
         count += 1
         if count == nth:
+            if operation is pwrite:  # in its midst
+                pwrite(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
             os.kill(os.getpid(), signal.SIGKILL)
-        fsync(descriptor)
+        return operation(*arguments)
 
-    os.fsync = watched_fsync
+    os.fsync, os.pwrite = functools.partial(watched, fsync), functools.partial(watched, pwrite)
+    os.ftruncate = functools.partial(watched, ftruncate)
     sys.addaudithook(audit)
     session(settings, path, own(), log)
 
@@ -160,8 +164,20 @@ def wide_resnet() -> Config:
 def main() -> None:
     importlib.import_module("torch._dynamo")  # the first optimizer of a process does, for seconds: children inherit it
     mode, directory = sys.argv[1], Path(sys.argv[2])
+    kept = TeacherConfig(mode="cache")
     if mode == "operations":
-        killed_at_each_operation(directory)
+        killed_at_each_operation(directory, config(epochs=1, max_steps=1, checkpoint_seconds=0.0))
+    elif mode == "cache-operations":
+        killed_at_each_operation(directory, config(generations=1, epochs=2, checkpoint_seconds=1e9, teacher=kept))
+    elif mode == "together-operations":
+        settings = config(students=("cwtm", "label"), generations=1, epochs=1, max_steps=1, checkpoint_seconds=0.0)
+        killed_at_each_operation(directory, settings)
+    elif mode == "cache":
+        settings = config(epochs=8, checkpoint_seconds=0.0, teacher=kept)
+        killed_at_random(settings, own(), directory, kills=6, seed=3)
+    elif mode == "together":
+        settings = config(students=("ban", "dkpp", "cwtm"), epochs=4, checkpoint_seconds=0.0)
+        killed_at_random(settings, own(), directory, kills=6, seed=4)
     elif mode == "small":
         killed_at_random(config(epochs=8, checkpoint_seconds=0.0), own(), directory, kills=6, seed=1)
     elif mode == "wide-resnet":

@@ -1,0 +1,447 @@
+"""A cached teacher is the live one, asked less often: the same bits, or the stated rounding; forwards are counted."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import (
+    BATCH,
+    CLASSES,
+    EPOCHS,
+    IMAGES,
+    STEPS,
+    Recorder,
+    StopAt,
+    but_for_teachers,
+    config,
+    footprint,
+    network,
+    own,
+    samples,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig
+from ban_fast.data import Batch
+from ban_fast.errors import OptionError, UserError
+from ban_fast.training import Interrupted, run
+from ban_fast.training.cache_store import MemoryRows
+from ban_fast.training.objectives import make_objective
+from ban_fast.training.teacher import LiveTeacher
+from ban_fast.training.teacher_cache import CachedTeacher
+
+LIVE, CACHE, AUTO = (TeacherConfig(mode=mode) for mode in ("live", "cache", "auto"))
+CPU = torch.device("cpu")
+
+
+def digits(objective: str = "ban", limit: int = 72, **changes: Any) -> Config:
+    """Real images in 9 views each, whose single channel leaves its layout open; a convolution and batch norm."""
+    values: dict[str, Any] = {
+        "data": DataConfig(name="digits", limit_train=limit, limit_test=40),
+        "model": ModelConfig(name="convnet-8"),
+        "objective": ObjectiveConfig(name=objective),
+        "optimizer": OptimizerConfig(lr=0.05),
+        "generations": 1,
+        "epochs": 24,
+        "batch_size": 16,
+        "device": "cpu",
+    }
+    return Config(**{**values, **changes})
+
+
+def same_but_teacher(one: Path, other: Path) -> bool:
+    """Whether two runs have the same weights, figures and losses, whatever their teachers' records say."""
+    return but_for_teachers(footprint(one)) == but_for_teachers(footprint(other))
+
+
+class Counting(nn.Module):
+    """The small network, which counts the images that it sees in eval mode without being evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and len(x) == BATCH:  # evaluation has batches of 40
+            self.seen += len(x)
+        return self.body(x)
+
+
+# The same bits
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [("ban", {}), ("ban+l", {"amp": "bf16"}), ("cwtm", {"channels_last": True}), ("dkpp", {})],
+)
+def test_cached_and_live_runs_are_the_same_bits(objective: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """torch's CPU kernels are batch-invariant at one size, so every loss in metrics.jsonl is equal, not close."""
+    run(digits(objective, teacher=LIVE, **changes), out=tmp_path / "live")
+    cached = run(digits(objective, teacher=AUTO, **changes), out=tmp_path / "auto")
+    assert cached.generations[1]["teacher"]["mode"] == "cache"
+    assert same_but_teacher(tmp_path / "live", tmp_path / "auto")
+
+
+@pytest.mark.parametrize("model", ["wrn-10-1", "densenet-bc-10-12", "mlp-8"])
+def test_auto_gives_the_same_bits_with_other_networks(model: str, tmp_path: Path) -> None:
+    """Live, where the processor's kernels for those shapes are not batch-invariant."""
+    changes: dict[str, Any] = {"model": ModelConfig(name=model), "epochs": 8, "limit": 48}
+    run(digits(teacher=LIVE, **changes), out=tmp_path / "live")
+    run(digits(teacher=AUTO, **changes), out=tmp_path / "auto")
+    assert same_but_teacher(tmp_path / "live", tmp_path / "auto")
+
+
+def test_kernels_that_are_not_batch_invariant() -> None:
+    """A growth of 4 channels fills no vector: on some CPUs an image's logits move by an ulp with its neighbours.
+
+    Then "auto" stays live. Who asks for the cache has logits within rounding: some ulp of 6e-8 a layer, in 5 steps.
+    """
+    changes: dict[str, Any] = {"model": ModelConfig(name="densenet-bc-10-4"), "epochs": 12}
+    observer = Heard()
+    picked = run(digits(**changes), observer=observer).generations[1]["teacher"]["mode"]
+    same_bits = "depend on the other images" not in observer.said[0][1]
+    assert picked == ("cache" if same_bits else "live")
+    kept = run(digits(teacher=CACHE, max_steps=5, **changes), observer=observer)
+    live = run(digits(teacher=LIVE, max_steps=5, **changes))
+    assert ("the same bits as live" in observer.said[1][1]) == same_bits
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(kept.models[1](x), live.models[1](x), rtol=1e-4, atol=1e-4)
+
+
+def test_in_memory_where_there_is_no_directory() -> None:
+    kept, live = run(digits(teacher=CACHE)), run(digits(teacher=LIVE))
+    assert kept.generations[1]["teacher"]["mode"] == "cache"
+    assert kept.generations[1]["test"] == live.generations[1]["test"]
+    for mine, theirs in zip(kept.models[1].parameters(), live.models[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# Rounding, where it was asked for
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "rounding"), [(torch.float16, "fp16", 2**-11), (torch.bfloat16, "bf16", 2**-8)]
+)
+def test_rows_in_half_precision(dtype: torch.dtype, name: str, rounding: float, tmp_path: Path) -> None:
+    """Each logit is rounded once; the loss moves by the logits' largest rounding at most, twice (p and log p)."""
+    live, cached, batch = pair(rows=MemoryRows(CLASSES, dtype, CPU))
+    exact, kept = live(batch).logits, cached(batch)
+    assert exact is not None
+    assert kept.logits is not None
+    assert kept.logits.dtype == dtype
+    assert ((kept.logits[kept.rows].float() - exact).abs() <= rounding * exact.abs()).all()
+    student = torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(1))
+    objective = make_objective(ObjectiveConfig(name="ban"), 0)
+    losses = [objective(student, taught, batch, torch.tensor(0)).loss.item() for taught in (live(batch), kept)]
+    assert losses[0] != losses[1]
+    largest = max(exact.abs().max().item(), student.abs().max().item())
+    assert losses[0] == pytest.approx(losses[1], abs=4 * rounding * largest)
+    record = run(config(teacher=TeacherConfig(mode="cache", cache_dtype=name)), **own()).generations[1]["teacher"]
+    assert (record["mode"], record["dtype"]) == ("cache", str(dtype).removeprefix("torch."))
+
+
+def test_cwtm_keeps_the_largest_output_alone(tmp_path: Path) -> None:
+    """Four bytes a view. c is rounded to fp32, 6e-8, where the kernel has it exactly: the loss moves by no more."""
+    live, cached, batch = pair(rows=MemoryRows(1, torch.float32, CPU), only_confidence=True)
+    taught = cached(batch)
+    assert taught.logits is None
+    objective = make_objective(ObjectiveConfig(name="cwtm"), 0)
+    student = torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(1))
+    losses = [objective(student, t, batch, torch.tensor(0)).loss.item() for t in (live(batch), taught)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-7)
+    place = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches"))
+    run(digits("cwtm", teacher=place))
+    (folder,) = (tmp_path / "caches").iterdir()
+    assert 0 < (folder / "rows.bin").stat().st_size <= 4 * 72 * 9
+
+
+def pair(**options: Any) -> tuple[LiveTeacher, CachedTeacher, Batch]:
+    """A live and a cached teacher of one network, and a batch that the latter is prepared for."""
+    torch.manual_seed(0)
+    taught = network().eval()
+    cached = CachedTeacher(taught, samples=IMAGES, views=2, batch_size=BATCH, device=CPU, **options)
+    x, y = samples(BATCH, 0)
+    batch = Batch(x * 4, y, torch.arange(BATCH) * 3, torch.arange(BATCH) % 2)
+    cached.prepare([batch])
+    return LiveTeacher(taught), cached, batch
+
+
+def test_confidences_beside_logits_are_those_alone() -> None:
+    _, alone, batch = pair(rows=MemoryRows(1, torch.float32, CPU), only_confidence=True)
+    _, beside, _ = pair(rows=MemoryRows(CLASSES, torch.float32, CPU), with_confidence=True)
+    one, other = alone(batch), beside(batch)
+    assert one.confidence is not None
+    assert other.confidence is not None
+    assert torch.equal(one.confidence[one.rows], other.confidence[other.rows])
+
+
+def test_a_logit_beyond_fp16_is_one_line() -> None:
+    taught = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES))
+    taught[1].bias.data += 7e4
+    rows = MemoryRows(CLASSES, torch.float16, CPU)
+    teacher = CachedTeacher(taught, rows=rows, samples=4, views=1, batch_size=4, device=CPU)
+    x, y = samples(4, 0)
+    batch = Batch(x, y, torch.arange(4), torch.zeros(4).long())
+    with pytest.raises(UserError, match=r"a logit of .*, which fp16 can't hold: use --cache-dtype bf16 or fp32"):
+        teacher.prepare([batch])
+    assert rows.count == 0
+
+
+# What is saved
+
+
+def test_forward_passes_are_counted_and_saved() -> None:
+    """Own tensors have one view: each image is shown to the teacher once, in whole batches."""
+    networks: list[Counting] = []
+
+    def factory() -> nn.Module:
+        networks.append(Counting())
+        return networks[-1]
+
+    recorded = {}
+    for teacher in (LIVE, AUTO):
+        networks.clear()
+        observer = Recorder()
+        results = run(config(generations=1, teacher=teacher), observer=observer, **own(model=factory))
+        taught = networks[1]  # 0 was only tried on the data
+        recorded[teacher.mode] = results.generations[1]["teacher"]["forward_images"]
+        probes = 2 * BATCH if teacher is AUTO else 0  # whether the kernels are batch-invariant
+        assert taught.seen == recorded[teacher.mode] + probes
+    assert recorded["live"] == STEPS * BATCH
+    # 64 of 72 images in the first epoch; the 8 it left out cost a batch in at most each of the others.
+    assert 64 + BATCH <= recorded["auto"] <= 64 + (EPOCHS - 1) * BATCH
+
+
+def test_a_shared_directory_is_filled_once(tmp_path: Path) -> None:
+    """By the next objective too: with the same seed it sees the same views."""
+    place = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches"))
+    first = run(digits("ban", teacher=place), out=tmp_path / "a").generations[1]["teacher"]
+    assert first["forward_images"] > 0
+    for name in ("dkpp", "cwtm", "ban"):
+        observer = Heard()
+        again = run(digits(name, teacher=place), out=tmp_path / f"then-{name}", observer=observer)
+        assert again.generations[1]["teacher"] == {"mode": "cache", "dtype": "float32", "forward_images": 0}
+    assert len(list((tmp_path / "caches").iterdir())) == 1
+    other = run(digits("ban", teacher=place, seed=1), out=tmp_path / "b").generations[1]["teacher"]
+    assert other["forward_images"] > 0, "another teacher"
+    assert len(list((tmp_path / "caches").iterdir())) == 2
+
+
+def test_a_runs_own_cache_goes_when_its_student_is_trained(tmp_path: Path) -> None:
+    class Watching(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+
+        def epoch_finished(self, generation: int, record: dict[str, Any]) -> None:
+            self.sizes[generation] = len(list((tmp_path / "teacher-cache").glob("*/rows.bin")))
+
+    observer = Watching()
+    run(config(teacher=CACHE), out=tmp_path, observer=observer, **own())
+    assert observer.sizes == {0: 0, 1: 1, 2: 1}
+    assert not (tmp_path / "teacher-cache").exists()
+
+
+# Stopped and resumed
+
+
+@pytest.mark.parametrize("model", ["convnet-8", "densenet-bc-10-4"])
+def test_resumed_with_its_cache(model: str, tmp_path: Path) -> None:
+    """Everything is equal, the count of forward passes too: nothing that was kept is computed again.
+
+    With kernels that are not batch-invariant too: what is left is shown to the teacher in the same batches.
+    """
+    settings = digits(model=ModelConfig(name=model), teacher=CACHE, checkpoint_seconds=1e9)
+    run(settings, out=tmp_path / "whole")
+    first = StopAt(24 * 5 + 70)  # in the student: 96 steps and 24 evaluations come before
+    for stop in (first, StopAt(3), StopAt(30)):
+        with pytest.raises(Interrupted):
+            run(settings, out=tmp_path / "parts", resume=stop is not first, should_stop=stop)
+        assert list((tmp_path / "parts" / "teacher-cache").glob("*/rows.bin"))
+    run(settings, out=tmp_path / "parts", resume=True)
+    assert footprint(tmp_path / "parts") == footprint(tmp_path / "whole")
+
+
+def stopped(path: Path, teacher: TeacherConfig = CACHE) -> Config:
+    settings = digits(teacher=teacher)
+    with pytest.raises(Interrupted):
+        run(settings, out=path, should_stop=StopAt(24 * 5 + 70))
+    return settings
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "flipped", "garbage"])
+def test_a_lost_or_damaged_cache_costs_forward_passes_alone(damage: str, tmp_path: Path) -> None:
+    run(digits(teacher=CACHE), out=tmp_path / "whole")
+    settings = stopped(tmp_path / "run")
+    (rows,) = (tmp_path / "run" / "teacher-cache").glob("*/rows.bin")
+    data = bytearray(rows.read_bytes())
+    if damage == "removed":
+        for file in rows.parent.iterdir():
+            file.unlink()
+        rows.parent.rmdir()
+    elif damage == "garbage":
+        (rows.parent / "index.bin").write_bytes(b"garbage\n" * 999)
+    else:
+        data[len(data) // 2] ^= 1
+        rows.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
+    observer = Heard()
+    run(settings, out=tmp_path / "run", resume=True, observer=observer)
+    assert ("was damaged after" in observer.said[0][1]) == (damage in ("cut", "flipped"))
+    assert same_but_teacher(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_foreign_cache_in_its_place_is_refused(tmp_path: Path) -> None:
+    settings = stopped(tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "teacher-cache").iterdir()
+    place = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches"))
+    run(digits(seed=1, teacher=place))
+    (other,) = (tmp_path / "caches").iterdir()
+    for file in other.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"is the cache of another teacher: .* there, .* here; delete the directory"):
+        run(settings, out=tmp_path / "run", resume=True)
+
+
+def test_the_place_may_change_between_sessions(tmp_path: Path) -> None:
+    settings = stopped(tmp_path / "run", TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches")))
+    (tmp_path / "caches").rename(tmp_path / "moved")
+    settings.teacher.cache_directory = str(tmp_path / "moved")
+    run(settings, out=tmp_path / "run", resume=True)
+    run(digits(teacher=CACHE), out=tmp_path / "whole")
+    assert footprint(tmp_path / "run") == footprint(tmp_path / "whole")
+
+
+# What "auto" picks, and what is refused
+
+
+class Heard(Recorder):
+    """Also what was said of teachers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[int, str]] = []
+
+    def teacher_chosen(self, generation: int, text: str) -> None:
+        self.said.append((generation, text))
+
+
+class AgainstTheMean(nn.Module):
+    """Its outputs for an image depend on the others in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x)
+        return z - (z * torch.linspace(0, 1, len(z))[:, None]).mean(0)
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*samples(IMAGES, 0)), batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({}, own, "cache: 3 epochs show one view of an image: 62% fewer forward passes than live; logits in float32"),
+        ({"epochs": 1}, own, "live: 1 epochs show one view of an image: 0% fewer forward passes than live"),
+        ({}, lambda: own(train=loader()), "live: what a DataLoader serves can't be told apart"),
+        ({}, lambda: own(model=AgainstTheMean), "live: its logits depend on the other images of a batch"),
+        ({"teacher": LIVE}, own, None),
+        ({"objective": "label"}, own, None),
+        ({"generations": 0}, own, None),
+    ],
+)
+def test_what_auto_picks_and_says(changes: dict[str, Any], arguments: Callable[[], Any], said: str | None) -> None:
+    observer = Heard()
+    run(config(**{"generations": 1, **changes}), observer=observer, **arguments())
+    assert len(observer.said) == (said is not None)
+    assert said is None or observer.said[0][1].startswith(said)
+
+
+def test_auto_counts_views_and_reuse(tmp_path: Path) -> None:
+    """72 images in 9 views: of 2 epochs few come twice; of 24 most do; and what is kept already is never live."""
+    observer = Heard()
+    run(digits(epochs=2), observer=observer)
+    run(digits(epochs=24), observer=observer)
+    place = TeacherConfig(cache_directory=str(tmp_path))
+    run(digits(epochs=24, teacher=place))
+    run(digits("dkpp", epochs=24, teacher=place), observer=observer)
+    texts = [text for _, text in observer.said]
+    # 72 images, 64 of them an epoch: 16/9 shows in 2 epochs, 9 (1 - (8/9)^(16/9)) = 1.70 views; 21.3 shows in 24, 8.27
+    assert texts[0] == "live: 2 epochs show 1.7 of 9 views of an image: 5% fewer forward passes than live"
+    assert texts[1].startswith("cache: 24 epochs show 8.27 of 9 views of an image: 61% fewer forward passes than live")
+    shares = [int(text.split(": ")[2].split("%")[0]) for text in texts]
+    assert shares[0] < 25 <= shares[1] < shares[2]
+
+
+def test_auto_goes_live_where_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2000))
+    observer = Heard()
+    run(config(generations=1), out=tmp_path / "a", observer=observer, **own())
+    assert "live: a cache of its outputs needs about 1.15 kB, and 2 kB are free in" in observer.said[0][1]
+    with pytest.raises(OptionError, match="use --cache-dtype fp16, another --cache-dir, or live") as caught:
+        run(config(generations=1, teacher=CACHE), out=tmp_path / "b", **own())
+    assert caught.value.field == "teacher.mode"
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_cannot_be_kept_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="a DataLoader's samples may be augmented in endless ways") as caught:
+        run(config(teacher=CACHE), out=tmp_path / "run", **own(train=loader()))
+    assert caught.value.field == "teacher.mode"
+    (tmp_path / "file").write_text("precious")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OptionError, match="file is not a directory") as caught:
+            run(config(teacher=TeacherConfig(cache_directory=str(place))), out=tmp_path / "run", **own())
+        assert caught.value.field == "teacher.cache_directory"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_double_precision_logits_are_not_rounded_unasked() -> None:
+    class Double(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).double()
+
+    observer = Heard()
+    run(config(generations=1), observer=observer, **own(model=Double))
+    assert observer.said[0][1] == "live: its logits are float64, which fp32 rounds"
+    with pytest.raises(OptionError, match="logits are float64, which fp32 rounds; use live"):
+        run(config(generations=1, teacher=CACHE), **own(model=Double))
+
+
+def test_a_directory_in_use(tmp_path: Path) -> None:
+    place = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches"))
+
+    class Intruder(Recorder):
+        said = ""
+
+        def step(self, generation: int, done_steps: int) -> None:
+            if generation == 1 and not self.said:
+                with pytest.raises(UserError, match=r"in use by another process: wait for it, .*--cache-dir") as caught:
+                    run(config(generations=1, teacher=place), **own())
+                self.said = str(caught.value)
+
+    intruder = Intruder()
+    run(config(generations=1, teacher=place), observer=intruder, **own())
+    assert intruder.said
+
+
+def test_a_cached_teacher_that_changes_is_noticed() -> None:
+    _, cached, _ = pair(rows=MemoryRows(CLASSES, torch.float32, CPU))
+    cached.check()
+    cached.network[1].running_mean[0] += 1e-6
+    with pytest.raises(RuntimeError, match="changed"):
+        cached.check()

@@ -191,6 +191,19 @@ def test_one_graph_and_the_same_bits(dtype: torch.dtype, reduction: str) -> None
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+def test_autocast_under_compile() -> None:
+    torch.compiler.reset()
+    hidden, weight, bias, teacher = tensors()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    exact = compiled(hidden, weight, bias, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, expected = (f(hidden, weight, bias, teacher) for f in (compiled, loss_of))
+    assert torch.equal(loss, expected)
+    assert not torch.equal(loss, exact)
+    pairs = zip(*(gradients(value, hidden, weight, bias) for value in (loss, expected)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 def test_a_batch_of_any_size_compiles_once() -> None:
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -66,14 +66,15 @@ def kd(
     if student.shape[0] == 0:
         return _of_no_rows(output)
     labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
-    workspace = _workspace(student.device)
+    place = _place(student.device)
+    scratch, counter = _workspace(student.device, place)
     _native.cuda_kd(
         _matrix(student),
         _matrix(teacher),
         _selection(student, labels, teacher_rows, ignore_index),
         (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
         _result(output),
-        _launch(student.device, *workspace),
+        _launch(place, scratch, counter),
     )
     return output
 
@@ -101,7 +102,8 @@ def dkpp(
     if student.shape[0] == 0:
         return _of_no_rows(output)
     labels, teacher_rows, sample_ids = _contiguous(labels), _contiguous(teacher_rows), _contiguous(sample_ids)
-    workspace = _workspace(student.device)
+    place = _place(student.device)
+    scratch, counter = _workspace(student.device, place)
     _native.cuda_dkpp(
         _matrix(student),
         _matrix(teacher),
@@ -109,7 +111,7 @@ def dkpp(
         _keyed(seed, step, sample_ids),
         (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
         _result(output),
-        _launch(student.device, *workspace),
+        _launch(place, scratch, counter),
     )
     return output
 
@@ -134,9 +136,10 @@ def cwtm(
     labels, teacher_rows = labels.contiguous(), _contiguous(teacher_rows)
     source = teacher if confidence is None else confidence.unsqueeze(1)
     assert source is not None, "cwtm needs the teacher's logits or its confidence"
-    scratch, counter = _workspace(student.device)
+    place = _place(student.device)
+    scratch, counter = _workspace(student.device, place)
     if confidence is None:
-        scratch = scratch.new_empty(_native.cuda_scratch() + student.shape[0])
+        scratch = _scratch(student.device, student.shape[0])
     _native.cuda_cwtm(
         _matrix(student),
         _matrix(source) if confidence is None else _NO_MATRIX,
@@ -145,7 +148,7 @@ def cwtm(
         _address(normalizer),
         weight_by == "teacher_label",
         _result(output),
-        _launch(student.device, scratch, counter),
+        _launch(place, scratch, counter),
     )
     return output
 
@@ -171,7 +174,7 @@ def dkpp_targets(
         _keyed(seed, step, sample_ids),
         temperature,
         targets.data_ptr(),
-        _launch(teacher.device),
+        _launch(_place(teacher.device)),
     )
     return targets
 
@@ -196,7 +199,7 @@ def dkpp_permutation(
         num_classes,
         _keyed(seed, step, sample_ids),
         sources.data_ptr(),
-        _launch(argmax.device),
+        _launch(_place(argmax.device)),
     )
     return sources
 
@@ -214,7 +217,7 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
         grad_output.data_ptr(),
         grad_output.stride(0) if grad_output.dim() == 1 else 0,
         _address(grad_scale),
-        _launch(grad.device),
+        _launch(_place(grad.device)),
     )
     return grad
 
@@ -248,39 +251,43 @@ def _keyed(seed: int, step: Tensor | int, sample_ids: Tensor | None) -> tuple[in
     return words[0], words[1], 0, words[2]
 
 
-def _launch(
-    device: torch.device, scratch: Tensor | None = None, counter: Tensor | None = None
-) -> tuple[int, int, int, int]:
-    """Device, stream, and the addresses of scratch and counter."""
-    index, stream = _stream(device)
-    return index, stream, _address(scratch), _address(counter)
-
-
-def _stream(device: torch.device) -> tuple[int, int]:
+def _place(device: torch.device) -> tuple[int, int]:
     """The device's index, and the address of its current stream."""
     assert device.index is not None
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+def _launch(
+    place: tuple[int, int], scratch: Tensor | None = None, counter: Tensor | None = None
+) -> tuple[int, int, int, int]:
+    """Device, and the addresses of stream, scratch and counter."""
+    return *place, _address(scratch), _address(counter)
+
+
+def _workspace(device: torch.device, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Scratch that a loss's blocks leave their sums in, and the counter, 0, by which they know the last of them.
 
     Launches on one stream follow one another and share them. A captured launch may run beside any other: it has a
     counter to itself, for as long as the process lives, and scratch of its graph's memory.
     """
-    key = _stream(device)
-    index = key[0]
+    index = place[0]
     if _is_capturing(device):
-        scratch = torch.empty(_native.cuda_scratch(), dtype=torch.float64, device=device)
         counter = next(_counters[index], None) if index in _counters else None
-        return scratch, torch.zeros((), dtype=torch.int32, device=device) if counter is None else counter
-    if index not in _counters:
-        block = torch.zeros(_CAPTURED_CALLS, dtype=torch.int32, device=device)
-        _counters[index] = iter(block.unbind())
-    if key not in _workspaces:
-        scratch = torch.empty(_native.cuda_scratch(), dtype=torch.float64, device=device)
-        _workspaces[key] = scratch, torch.zeros((), dtype=torch.int32, device=device)
-    return _workspaces[key]
+        return _scratch(device), _zero(device) if counter is None else counter
+    if place not in _workspaces:
+        if index not in _counters:
+            block = torch.zeros(_CAPTURED_CALLS, dtype=torch.int32, device=device)
+            _counters[index] = iter(block.unbind())
+        _workspaces[place] = _scratch(device), _zero(device)
+    return _workspaces[place]
+
+
+def _scratch(device: torch.device, rows: int = 0) -> Tensor:
+    return torch.empty(_native.cuda_scratch() + rows, dtype=torch.float64, device=device)
+
+
+def _zero(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.int32, device=device)
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -93,8 +93,8 @@ BAN_FAST_DEVICE RowLoss distill_row(const DistillTask<T>& task, Rows& rows, Team
     }
   }();
   const double s = sums.totals.sums[kS], a = sums.totals.sums[kA];
-  const LabelTerm<T> label = has_label ? LabelTerm<T>(sums.totals.sums[kRest], sums.label_top, student.at<T>(y), y, slopes.label)
-                                       : LabelTerm<T>();
+  LabelTerm<T> label;
+  if (has_label) label = {sums.totals.sums[kRest], sums.label_top, student.at<T>(y), y, slopes.label};
   const bool with_kd = task.kd_slope != 0.0;
   double kd;
   if (is_near(double(sums.totals.largest), s, a)) {

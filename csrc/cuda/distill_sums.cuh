@@ -72,8 +72,8 @@ struct DistillSums {
 inline constexpr int kS = 0, kA = 1, kH = 2, kRest = 3;
 
 template <bool kRunning, class T, class Rows>
-BAN_FAST_DEVICE DistillSums<T> add_up(const DistillTask<T>& task, const Rows& rows, const Reference<T>& reference, T top,
-                                      T label_top, int label) {
+BAN_FAST_DEVICE DistillSums<T> add_up(const DistillTask<T>& task, const Rows& rows, const Reference<T>& reference,
+                                      T top, T label_top, int label) {
   const Temperature<T>& temperature = task.temperature;
   DistillSums<T> sums{.top = top, .label = {label_top, T(0)}};
   rows.each([&](const auto& e) {
@@ -134,9 +134,9 @@ BAN_FAST_DEVICE RowSums<T> held_sums(const DistillTask<T>& task, Rows& rows, Tea
   return found;
 }
 
-// Rows that are read anew each time are measured from a class that is large in the first tiles, and rebased to the peak:
-// with delta = d_guess - d_peak, A = e^delta A_guess + expm1(delta) S. Where that cancels, or a d is large, they are read
-// once more.
+// Rows that are read anew each time are measured from a class that is large in the first tiles, and rebased to the
+// peak: with delta = d_guess - d_peak, A = e^delta A_guess + expm1(delta) S. Where that cancels, or a d is large, they
+// are read once more.
 template <class T, class Rows, class Team>
 BAN_FAST_DEVICE RowSums<T> streamed_sums(const DistillTask<T>& task, Rows& rows, Team& team, const Permuter* permuter,
                                          const LogitRow& student, const LogitRow& teacher, int label) {

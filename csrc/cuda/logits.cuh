@@ -149,9 +149,9 @@ struct GradientRow {
   }
 };
 
-// How long rows are cut into tiles, one for a warp at a time with V classes a lane: neighbours where every matrix can be
-// read and written 16 bytes at a time (the student's; others may need more or fewer), from the first class `head` on
-// that is aligned in all of them; the classes before it are a tile of their own. Else the lanes take classes in turn.
+// How long rows are cut into tiles, one for a warp at a time with V classes a lane: neighbours where every matrix can
+// be read and written 16 bytes at a time (the student's; others may need more or fewer), from the first class `head`
+// on that is aligned in all of them; the classes before it are a tile of their own. Else the lanes take classes in turn.
 template <int V>
 struct Tiling {
   static constexpr int kTile = kWarp * V;

@@ -9,8 +9,10 @@
 
 namespace ban_fast::cuda {
 
-inline constexpr int kMostBlocks = 4096;  // of a launch: each leaves a sum of its rows, and the last one adds those up
-inline constexpr int kMostCounters = 128;  // blocks that count kept rows, or add up confidences, before the loss's launch
+// Blocks of a launch: each leaves a sum of its rows, and the last one adds those up.
+inline constexpr int kMostBlocks = 4096;
+// Blocks that count kept rows, or add up confidences, before the loss's launch.
+inline constexpr int kMostCounters = 128;
 
 // Doubles of scratch that every call needs.
 inline constexpr std::int64_t kScratch = 2 * (kMostBlocks + kMostCounters);

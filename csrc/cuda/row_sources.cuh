@@ -121,9 +121,8 @@ class StreamedRows {
   // The first tile of each warp, or with all of them the whole row.
   BAN_FAST_MEMBER Heights<T> heights(bool all, bool in_float) const {
     Heights<T> heights = no_heights<T>();
-    for (int i = warps_.first; i < (all || tiling_.count < warps_.step ? tiling_.count : warps_.step); i += warps_.step) {
-      find_heights(tile(i), in_float, heights);
-    }
+    const int end = all || tiling_.count < warps_.step ? tiling_.count : warps_.step;
+    for (int i = warps_.first; i < end; i += warps_.step) find_heights(tile(i), in_float, heights);
     return heights;
   }
   BAN_FAST_MEMBER const GradientRow& gradient() const { return gradient_; }

@@ -1,7 +1,7 @@
 // The threads that work on one row together: some lanes of a warp, a block, or a cluster of blocks.
 //
-// A team has rank() and size() of its threads, lanes and warps likewise, sync(), and totals over its threads, which every thread gets with the same bits:
-// they are added up in one order, whatever the scheduling.
+// A team has rank() and size() of its threads, sync(), and total(item), which combines what its threads have: every
+// thread gets the same bits, since that is done in one order, whatever the scheduling.
 #pragma once
 
 #include "device.cuh"

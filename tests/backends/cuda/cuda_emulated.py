@@ -252,7 +252,7 @@ def installed(emulated: Emulated) -> Iterator[None]:
     workspaces: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     with (
         mock.patch.object(native_cuda, "_native", emulated),
-        mock.patch.object(native_cuda, "_stream", return_value=(0, 0)),
+        mock.patch.object(native_cuda, "_place", return_value=(0, 0)),
         mock.patch.object(native_cuda, "_workspaces", workspaces),
         mock.patch.object(native_cuda, "_counters", {}),
     ):

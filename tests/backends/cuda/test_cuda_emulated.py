@@ -1,6 +1,9 @@
 """The CUDA kernels' contract in the emulator, where there is no GPU."""
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,3 +123,29 @@ class TestTheEmulator:
     def test_a_mistake(self, emulated: Emulated, number: int, message: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             emulated.mistake(number)
+
+
+def runtime(name: str) -> str:
+    """The path of one of the compiler's libraries."""
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the address sanitizer is preloaded as g++ has it")
+def test_no_access_out_of_bounds() -> None:
+    """The contract again, in a process of its own, under the address and undefined-behaviour sanitizers.
+
+    They know where every tensor ends, and every block's shared memory."""
+    environment = {
+        **os.environ,
+        "BAN_FAST_EMULATOR_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        # Python and torch keep memory until the process ends, and throw across what has no frames.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+    chosen = "(InTheEmulator and (test_kd or dkpp or cwtm or alignment or strides or clusters or range or scaling))"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", f"{chosen} and not 10000"]
+    done = subprocess.run([*command, str(__file__)], env=environment, capture_output=True, text=True)
+    print(done.stdout[-1500:])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -1,9 +1,9 @@
 // Stands in for csrc/cuda/device.cuh: the kernels as plain C++, a fiber for every thread of a cluster.
 //
-// A fiber runs until it waits for others: at a barrier, or where lanes exchange values. Which fiber goes on next is drawn
-// at random, so that a barrier that is missing shows. Threads that wait where others never come, lanes that exchange
-// with lanes not named, and accesses that are not aligned are errors; accesses out of bounds are found by the address
-// sanitizer.
+// A fiber runs until it waits for others: at a barrier, or where lanes exchange values. Which fiber goes on next is
+// drawn at random, so that a barrier that is missing shows. Threads that wait where others never come, lanes that
+// exchange with lanes not named, and accesses that are not aligned are errors; accesses out of bounds are found by the
+// address sanitizer.
 #pragma once
 #define BAN_FAST_DEVICE_CUH
 

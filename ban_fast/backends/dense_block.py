@@ -64,9 +64,7 @@ class Gradients(NamedTuple):
 
 def forward(
     x: Tensor,  # [B, C0, H, W]
-    convs: Sequence[
-        Tensor
-    ],  # [4k, C, 1, 1] and [k, 4k, 3, 3] of every unit; then the exit's [out, C, 1, 1], if it has one
+    convs: Sequence[Tensor],  # [4k, C, 1, 1], [k, 4k, 3, 3] of every unit; then the exit's [out, C, 1, 1] if it has one
     norms: Sequence[Norm],  # two of every unit, then the exit's
     *,
     group: str,

@@ -12,8 +12,9 @@ def finish(parts: Tensor, counts: Sequence[int], group: str, out: Tensor) -> Ten
 
     All is this rank's, or with a group's name all its ranks'. Returns how many values a channel then has.
     """
-    if len(counts) == 1:
-        moments, count = parts[0], torch.full((), counts[0], dtype=parts.dtype, device=parts.device)
+    if len(counts) < 2:  # without images there is no part at all
+        moments = parts[0] if counts else torch.zeros_like(out)
+        count = torch.full((), sum(counts), dtype=parts.dtype, device=parts.device)
     else:
         moments, count = _merge(torch.tensor(counts, dtype=parts.dtype, device=parts.device), parts)
     if group:
@@ -24,7 +25,7 @@ def finish(parts: Tensor, counts: Sequence[int], group: str, out: Tensor) -> Ten
         every = torch.stack(gathered)
         moments, count = _merge(every[:, 0], every[:, 1:].view(-1, *moments.shape))
     out[0] = moments[0]
-    torch.div(moments[1], count, out=out[1])
+    torch.div(moments[1], count.clamp(min=1), out=out[1])
     return count
 
 

@@ -30,7 +30,7 @@ def through_block(
     with torch.no_grad():
         for i, norm in enumerate(batch_norms):
             if norm.training and norm.track_running_stats:
-                _track(norm, i, statistics)
+                _track(norm, i, statistics, empty=not group and x.shape[0] == 0)
     return y
 
 
@@ -71,13 +71,15 @@ def _values(norm: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> Norm:
     return Norm(weight, bias, mean, var, norm.eps)
 
 
-def _track(norm: nn.BatchNorm2d | nn.SyncBatchNorm, index: int, statistics: Statistics) -> None:
+def _track(norm: nn.BatchNorm2d | nn.SyncBatchNorm, index: int, statistics: Statistics, *, empty: bool) -> None:
     """Running statistics of norm number `index` of a block, as nn.BatchNorm2d moves them."""
     factor: Tensor | float | None = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if factor is None:
             factor = norm.num_batches_tracked.to(statistics.total.dtype).reciprocal()
+    if empty:  # counted, and nothing to learn from
+        return
     mean, var = statistics.hidden[index // 2] if index % 2 else statistics.features[:, : norm.num_features]
     unbiased = var * (statistics.total / (statistics.total - 1))
     for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):

@@ -371,9 +371,10 @@ def test_without_gradients(context, mode):
     assert_same(run)
 
 
-def test_empty_batch_in_eval_mode():
+@pytest.mark.parametrize("mode", [True, False])
+def test_empty_batch(mode):
     def run(network):
-        return step(network.eval(), images(batch=0))
+        return step(network.train(mode), images(batch=0))
 
     assert_same(run)
 

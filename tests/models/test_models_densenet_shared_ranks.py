@@ -11,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ban_fast import models
 
 RANKS, STEPS, IMAGES = 2, 3, 8
-EVEN, UNEVEN = (0, 4, 8), (0, 5, 8)
+EVEN, UNEVEN, ALONE = (0, 4, 8), (0, 5, 8), (0, 8, 8)
 """Which images are whose."""
 JOBS = {
     "ddp": {"plain": ("plain", {}, EVEN), "shared": ("shared", {}, EVEN)},
     "option": {"shared": ("shared", {"sync_statistics": True}, UNEVEN)},
     "converted": {"shared": ("shared", {}, UNEVEN)},
+    "empty": {"shared": ("shared", {"sync_statistics": True}, ALONE)},
 }
 
 
@@ -87,9 +88,11 @@ def test_equal_to_plain_in_two_processes(tmp_path):
     assert not torch.equal(first["shared"]["buffers"][0], second["shared"]["buffers"][0])
 
 
-@pytest.mark.parametrize("job", ["option", pytest.param("converted", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "job", ["option", *(pytest.param(job, marks=pytest.mark.slow) for job in ("converted", "empty"))]
+)
 def test_statistics_of_all_ranks(job, tmp_path):
-    """Two ranks of 5 and 3 images train as one process does on all 8: by the option, or with nn.SyncBatchNorm."""
+    """Two ranks of 5 and 3 images, or 8 and none, train as one process on all: by the option, or nn.SyncBatchNorm."""
     ranks = spawn(tmp_path, job)
     network = make("plain")
     expected = train(network, network, slice(None), 1 / IMAGES)

@@ -36,7 +36,10 @@ FAR_ERROR = 1e-5
 STORED = {torch.float32: ERROR, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2e-11}
 """Of the norm of a gradient as it is stored: half a unit in the last place is the most that rounding adds."""
 
-CLASSES = (1, 2, 3, 7, 10, 16, 17, 31, 32, 33, 64, 65, 99, 100, 101, 128, 129, 257, 1000, 1024, 1025, 2049, 10000)
+CLASSES = (
+    *(1, 2, 3, 7, 10, 16, 17, 31, 32, 33, 64, 65, 99, 100, 101, 128, 129, 257, 1000, 1024, 1025, 2049),
+    pytest.param(10000, marks=pytest.mark.slow),
+)
 """Around every limit between kernels, between DKPP's two permutations (99 and 100), and of a warp and a tile."""
 
 
@@ -176,7 +179,7 @@ class Contract:
 
     @pytest.mark.parametrize("teacher_type", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
     @pytest.mark.parametrize("student_type", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-    @pytest.mark.parametrize("classes", [10, 300, 1101, 1536])
+    @pytest.mark.parametrize("classes", [10, 300, pytest.param(1101, marks=pytest.mark.slow), 1536])
     def test_types(
         self, device: torch.device, classes: int, student_type: torch.dtype, teacher_type: torch.dtype
     ) -> None:
@@ -203,7 +206,7 @@ class Contract:
 
     @pytest.mark.parametrize("offset", range(8))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("classes", [100, 1029, 1600])
+    @pytest.mark.parametrize("classes", [100, 1029, pytest.param(1600, marks=pytest.mark.slow)])
     def test_any_alignment(self, device: torch.device, classes: int, dtype: torch.dtype, offset: int) -> None:
         """Rows that begin anywhere within 16 bytes: all alike, or the student's elsewhere than the teacher's."""
         student, teacher = logits(classes, "random")

@@ -84,10 +84,15 @@ def test_bytes_of_a_class(
     assert list(chunks(task, need_grad, None)) == [slice(0, 3)]
 
 
-def test_chunks_are_even_and_on_a_gpu_whole_tiles() -> None:
-    assert chunk_size(1120, 80_000, 12 << 20, "cpu") == 140  # 157 fit: eight chunks, and no small one at the end
-    assert chunk_size(8192, 1_282_560, 1 << 30, "cuda") == 768  # 837 fit
+def test_chunks_are_even_and_of_whole_tiles() -> None:
+    assert chunk_size(1120, 80_000, 10 << 20, "cpu") == 128  # 131 fit: nine chunks of 125 or, by whole tiles, 128
+    assert chunk_size(1120, 80_000, 12 << 20, "cpu") == 144  # 157 fit: eight, and no small one at the end
+    assert chunk_size(1120, 80_000, 7 * 80_000, "cpu") == 7
+    assert chunk_size(8192, 1_282_560, 1 << 30, "cuda") == 768  # 837 fit: ten of 820 are not whole tiles, nor fit 896
     assert chunk_size(8192, 1_282_560, 100 << 20, "cuda") == 81
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", "cuda", "another"):
         assert chunk_size(1000, 80_000, 1, device) == 1
         assert chunk_size(0, 80_000, 1 << 20, device) >= 1
+        for rows in (1, 7, 129, 1000):
+            for most in (1, 7, 8, 100, 128, 300, 2000):
+                assert 1 <= chunk_size(rows, 10, 10 * most, device) <= most

@@ -138,6 +138,8 @@ class Config:
     """Passes over the training images, for each generation."""
     batch_size: int = 128
     """Images a step."""
+    micro_batch_size: int | None = None
+    """Images at a time through the network, whose gradients add up to the batch's. None: the whole batch."""
     max_steps: int | None = None
     """Stop each generation after this many optimizer steps. None: epochs alone decide."""
     seed: int = 0
@@ -201,12 +203,17 @@ class Config:
             ("generations", self.generations, 0),
             ("epochs", self.epochs, 1),
             ("batch_size", self.batch_size, 1),
+            ("micro_batch_size", self.micro_batch_size, 1),
             ("max_steps", self.max_steps, 1),
             ("seed", self.seed, 0),
             ("evaluate_every", self.evaluate_every, 1),
         ):
             if value is not None and value < least:
                 raise OptionError(name, f"must be at least {least}, got {value}")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise OptionError(
+                "micro_batch_size", f"must be at most the batch size, {self.batch_size}, got {self.micro_batch_size}"
+            )
         if self.seed >= 2**63:
             raise OptionError("seed", f"must be below 2**63, got {self.seed}")
         if not 0 <= self.data.val_fraction < 1:

@@ -223,6 +223,16 @@ def train(
         int | None, _flag("--max-steps", "N", "Stop each generation after N optimizer steps.", _TRAINING, _whole)
     ] = None,
     batch_size: Annotated[int | None, _flag("--batch-size", "N", "Images a step.", _TRAINING, _whole)] = None,
+    micro_batch_size: Annotated[
+        int | None,
+        _flag(
+            "--micro-batch-size",
+            "N",
+            "Images at a time through the network, where a batch needs too much memory; gradients add up.",
+            _TRAINING,
+            _whole,
+        ),
+    ] = None,
     lr: Annotated[float | None, _flag("--lr", "F", "Peak learning rate.", _TRAINING, _real)] = None,
     weight_decay: Annotated[
         float | None, _flag("--weight-decay", "F", "L2 penalty on every parameter.", _TRAINING, _real)

@@ -28,6 +28,7 @@ FIELDS = {
     "generations": "generations",
     "epochs": "epochs",
     "batch_size": "batch_size",
+    "micro_batch_size": "micro_batch_size",
     "lr": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
     "temperature": "objective.temperature",

@@ -95,6 +95,11 @@ def grow(
     _share_teacher(lineages)  # a kill may have come between
     finished = min(lineage.finished for lineage in lineages)
     observer.run_started(config, _plan(config, task, finished))
+    if config.micro_batch_size is not None and task.has_batch_norm:
+        observer.message(
+            f"batch normalisation takes its statistics from micro-batches of {config.micro_batch_size} images at most, "
+            "not from whole batches: the weights will differ from those of a run without"
+        )
     for number in range(finished, config.generations + 1):
         if should_stop():
             raise Interrupted

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from ..config import Config, ObjectiveConfig
 from ..data import Batch, Loader
 from ..errors import UserError
+from .accumulate import added, parts, with_total
 from .compiled import compiled
 from .evaluator import Evaluator
 from .metrics import Meter
-from .objectives import make_objective
+from .objectives import Terms, make_objective
 from .observer import Observer
 from .optim import learning_rate, make_optimizer
 from .run_store import GenerationFiles
@@ -92,10 +93,7 @@ class Learner:
         rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with autocast(self.config, self.device):
-            logits = self._logits(batch.images)
-        terms = self.objective(logits, taught, batch, self.step_on_device)
-        torch.autograd.backward(self.scaler.scale(terms.loss))
+        terms, logits = self._gradients(batch, taught)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -105,6 +103,24 @@ class Learner:
         self.batch += 1
         self.images += len(batch.labels)
         self._unsaved = True
+
+    def _gradients(self, batch: Batch, taught: Taught | None) -> tuple[Terms, Tensor]:
+        """Gradients of the batch's loss, part by part; its terms, and the logits [B, C]."""
+        size = self.config.micro_batch_size or len(batch.labels)
+        is_weighted = self.objective_name == "cwtm" and size < len(batch.labels)
+        if is_weighted and taught is not None:
+            taught = with_total(taught)
+        total, outputs = None, []
+        for part in parts(batch, taught, size):
+            with autocast(self.config, self.device):
+                logits = self._logits(part.batch.images)
+            terms = self.objective(logits, part.taught, part.batch, self.step_on_device)
+            share = 1.0 if is_weighted else part.share  # CWTM's weights are shares themselves
+            torch.autograd.backward(self.scaler.scale(terms.loss if share == 1 else terms.loss * share))
+            total = added(total, terms, share)
+            outputs.append(logits.detach())
+        assert total is not None
+        return total, torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
         try:

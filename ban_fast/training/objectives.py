@@ -63,6 +63,7 @@ def make_objective(config: ObjectiveConfig, seed: int) -> Objective:
             taught.logits if taught.confidence is None else None,
             batch.labels,
             confidence=taught.confidence,
+            normalizer=taught.total,
             teacher_rows=taught.rows,
             return_terms=True,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from .. import data, models
@@ -69,6 +70,8 @@ class Task:
     """Counts of images and classes, the shape of a sample, the network's trainable parameters; in environment.json."""
     structure: str
     """A hash of the names and shapes of the network's tensors."""
+    has_batch_norm: bool
+    """Whether the network's training depends on which images share a batch."""
     views: Views | None
     """None where what will be shown is not known: a DataLoader's samples are what it makes of them."""
 
@@ -169,6 +172,7 @@ def make_task(
             "parameters": trainable_parameters(network),
         },
         structure=_structure(network),
+        has_batch_norm=any(isinstance(module, _BatchNorm) for module in network.modules()),
         views=views,
     )
 

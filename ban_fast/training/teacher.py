@@ -20,6 +20,8 @@ class Taught(NamedTuple):
     """int64 [B]: sample i is taught by row `rows[i]`. None: by row i."""
     confidence: Tensor | None = None
     """The largest softmax output, fp32 [B]; with `rows`, [M]."""
+    total: Tensor | None = None
+    """Its sum over the whole batch, fp64 0-d, where this is a part of one."""
 
 
 class Teacher(Protocol):

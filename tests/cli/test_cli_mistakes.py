@@ -28,6 +28,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "not a whole number": (["train", "--epochs", "2.5"], ["--epochs must be a whole number, got '2.5'"]),
     "not a number": (["train", "--lr", "fast"], ["--lr must be a number, got 'fast'"]),
     "batch size 0": (["train", "--batch-size", "0"], ["--batch-size must be at least 1, got 0"]),
+    "micro-batch 0": (["train", "--micro-batch-size", "0"], ["--micro-batch-size must be at least 1, got 0"]),
+    "micro-batch too large": (
+        ["train", "--batch-size", "8", "--micro-batch-size", "9"],
+        ["--micro-batch-size must be at most the batch size, 8, got 9"],
+    ),
     "negative epochs": (["train", "--epochs", "-1"], ["--epochs must be at least 1, got -1"]),
     "negative generations": (["train", "--generations", "-1"], ["--generations must be at least 0, got -1"]),
     "max steps 0": (["train", "--max-steps", "0"], ["--max-steps must be at least 1"]),

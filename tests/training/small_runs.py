@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ban_fast.config import Config, ObjectiveConfig, OptimizerConfig
+from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from ban_fast.training import Observer
 
 CLASSES, IMAGES, TEST_IMAGES, BATCH, EPOCHS = 4, 72, 40, 16, 3
@@ -49,6 +49,21 @@ def config(objective: str = "ban", **changes: Any) -> Config:
         "generations": 2,
         "epochs": EPOCHS,
         "batch_size": BATCH,
+        "device": "cpu",
+    }
+    return Config(**{**values, **changes})
+
+
+def digits(objective: str = "ban", limit: int = 72, **changes: Any) -> Config:
+    """Real images in 9 views each, whose single channel leaves its layout open; a convolution and batch norm."""
+    values: dict[str, Any] = {
+        "data": DataConfig(name="digits", limit_train=limit, limit_test=40),
+        "model": ModelConfig(name="convnet-8"),
+        "objective": ObjectiveConfig(name=objective),
+        "optimizer": OptimizerConfig(lr=0.05),
+        "generations": 1,
+        "epochs": 24,
+        "batch_size": 16,
         "device": "cpu",
     }
     return Config(**{**values, **changes})
@@ -118,6 +133,17 @@ class Recorder(Observer):
 
     def message(self, text: str) -> None:
         self.messages.append(text)
+
+
+class Heard(Recorder):
+    """Also what was said of teachers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[int, str]] = []
+
+    def teacher_chosen(self, generation: int, text: str) -> None:
+        self.said.append((generation, text))
 
 
 class StopAt:

@@ -1,6 +1,5 @@
 """A cached teacher is the live one, asked less often: the same bits, or the stated rounding; forwards are counted."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,22 @@ from small_runs import (
     EPOCHS,
     IMAGES,
     STEPS,
+    Heard,
     Recorder,
     StopAt,
     but_for_teachers,
     config,
+    digits,
     footprint,
     network,
     own,
     samples,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig
+from ban_fast.config import Config, ModelConfig, ObjectiveConfig, TeacherConfig
 from ban_fast.data import Batch
-from ban_fast.errors import OptionError, UserError
+from ban_fast.errors import UserError
 from ban_fast.training import Interrupted, run
 from ban_fast.training.cache_store import MemoryRows
 from ban_fast.training.objectives import make_objective
@@ -35,21 +35,6 @@ from ban_fast.training.teacher_cache import CachedTeacher
 
 LIVE, CACHE, AUTO = (TeacherConfig(mode=mode) for mode in ("live", "cache", "auto"))
 CPU = torch.device("cpu")
-
-
-def digits(objective: str = "ban", limit: int = 72, **changes: Any) -> Config:
-    """Real images in 9 views each, whose single channel leaves its layout open; a convolution and batch norm."""
-    values: dict[str, Any] = {
-        "data": DataConfig(name="digits", limit_train=limit, limit_test=40),
-        "model": ModelConfig(name="convnet-8"),
-        "objective": ObjectiveConfig(name=objective),
-        "optimizer": OptimizerConfig(lr=0.05),
-        "generations": 1,
-        "epochs": 24,
-        "batch_size": 16,
-        "device": "cpu",
-    }
-    return Config(**{**values, **changes})
 
 
 def same_but_teacher(one: Path, other: Path) -> bool:
@@ -93,23 +78,6 @@ def test_auto_gives_the_same_bits_with_other_networks(model: str, tmp_path: Path
     run(digits(teacher=LIVE, **changes), out=tmp_path / "live")
     run(digits(teacher=AUTO, **changes), out=tmp_path / "auto")
     assert same_but_teacher(tmp_path / "live", tmp_path / "auto")
-
-
-def test_kernels_that_are_not_batch_invariant() -> None:
-    """A growth of 4 channels fills no vector: on some CPUs an image's logits move by an ulp with its neighbours.
-
-    Then "auto" stays live. Who asks for the cache has logits within rounding: some ulp of 6e-8 a layer, in 5 steps.
-    """
-    changes: dict[str, Any] = {"model": ModelConfig(name="densenet-bc-10-4"), "epochs": 12}
-    observer = Heard()
-    picked = run(digits(**changes), observer=observer).generations[1]["teacher"]["mode"]
-    same_bits = "depend on the other images" not in observer.said[0][1]
-    assert picked == ("cache" if same_bits else "live")
-    kept = run(digits(teacher=CACHE, max_steps=5, **changes), observer=observer)
-    live = run(digits(teacher=LIVE, max_steps=5, **changes))
-    assert ("the same bits as live" in observer.said[1][1]) == same_bits
-    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(kept.models[1](x), live.models[1](x), rtol=1e-4, atol=1e-4)
 
 
 def test_in_memory_where_there_is_no_directory() -> None:
@@ -315,111 +283,7 @@ def test_the_place_may_change_between_sessions(tmp_path: Path) -> None:
     assert footprint(tmp_path / "run") == footprint(tmp_path / "whole")
 
 
-# What "auto" picks, and what is refused
-
-
-class Heard(Recorder):
-    """Also what was said of teachers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[tuple[int, str]] = []
-
-    def teacher_chosen(self, generation: int, text: str) -> None:
-        self.said.append((generation, text))
-
-
-class AgainstTheMean(nn.Module):
-    """Its outputs for an image depend on the others in the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.body(x)
-        return z - (z * torch.linspace(0, 1, len(z))[:, None]).mean(0)
-
-
-def loader() -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*samples(IMAGES, 0)), batch_size=BATCH, shuffle=True, drop_last=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "arguments", "said"),
-    [
-        ({}, own, "cache: 3 epochs show one view of an image: 62% fewer forward passes than live; logits in float32"),
-        ({"epochs": 1}, own, "live: 1 epochs show one view of an image: 0% fewer forward passes than live"),
-        ({}, lambda: own(train=loader()), "live: what a DataLoader serves can't be told apart"),
-        ({}, lambda: own(model=AgainstTheMean), "live: its logits depend on the other images of a batch"),
-        ({"teacher": LIVE}, own, None),
-        ({"objective": "label"}, own, None),
-        ({"generations": 0}, own, None),
-    ],
-)
-def test_what_auto_picks_and_says(changes: dict[str, Any], arguments: Callable[[], Any], said: str | None) -> None:
-    observer = Heard()
-    run(config(**{"generations": 1, **changes}), observer=observer, **arguments())
-    assert len(observer.said) == (said is not None)
-    assert said is None or observer.said[0][1].startswith(said)
-
-
-def test_auto_counts_views_and_reuse(tmp_path: Path) -> None:
-    """72 images in 9 views: of 2 epochs few come twice; of 24 most do; and what is kept already is never live."""
-    observer = Heard()
-    run(digits(epochs=2), observer=observer)
-    run(digits(epochs=24), observer=observer)
-    place = TeacherConfig(cache_directory=str(tmp_path))
-    run(digits(epochs=24, teacher=place))
-    run(digits("dkpp", epochs=24, teacher=place), observer=observer)
-    texts = [text for _, text in observer.said]
-    # 72 images, 64 of them an epoch: 16/9 shows in 2 epochs, 9 (1 - (8/9)^(16/9)) = 1.70 views; 21.3 shows in 24, 8.27
-    assert texts[0] == "live: 2 epochs show 1.7 of 9 views of an image: 5% fewer forward passes than live"
-    assert texts[1].startswith("cache: 24 epochs show 8.27 of 9 views of an image: 61% fewer forward passes than live")
-    shares = [int(text.split(": ")[2].split("%")[0]) for text in texts]
-    assert shares[0] < 25 <= shares[1] < shares[2]
-
-
-def test_auto_goes_live_where_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-    from types import SimpleNamespace
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2000))
-    observer = Heard()
-    run(config(generations=1), out=tmp_path / "a", observer=observer, **own())
-    assert "live: a cache of its outputs needs about 1.15 kB, and 2 kB are free in" in observer.said[0][1]
-    with pytest.raises(OptionError, match="use --cache-dtype fp16, another --cache-dir, or live") as caught:
-        run(config(generations=1, teacher=CACHE), out=tmp_path / "b", **own())
-    assert caught.value.field == "teacher.mode"
-    assert not (tmp_path / "b").exists()
-
-
-def test_what_cannot_be_kept_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="a DataLoader's samples may be augmented in endless ways") as caught:
-        run(config(teacher=CACHE), out=tmp_path / "run", **own(train=loader()))
-    assert caught.value.field == "teacher.mode"
-    (tmp_path / "file").write_text("precious")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OptionError, match="file is not a directory") as caught:
-            run(config(teacher=TeacherConfig(cache_directory=str(place))), out=tmp_path / "run", **own())
-        assert caught.value.field == "teacher.cache_directory"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_double_precision_logits_are_not_rounded_unasked() -> None:
-    class Double(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = network()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x).double()
-
-    observer = Heard()
-    run(config(generations=1), observer=observer, **own(model=Double))
-    assert observer.said[0][1] == "live: its logits are float64, which fp32 rounds"
-    with pytest.raises(OptionError, match="logits are float64, which fp32 rounds; use live"):
-        run(config(generations=1, teacher=CACHE), **own(model=Double))
+# Held, and watched
 
 
 def test_a_directory_in_use(tmp_path: Path) -> None:

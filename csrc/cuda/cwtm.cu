@@ -154,9 +154,10 @@ void launch_loss(CrossEntropyTask<float>& task, const Launch& launch) {
   if (classes <= 16) return launch_lanes<float, 4, 4>(task, launch.stream);
   if (classes <= 128) return launch_lanes<float, 32, 4>(task, launch.stream);
   if (classes <= kMostShort) {
-    const int blocks = blocks_for(task.selection.rows, 1);
-    return device::launch(cross_entropy_block<float, kMostShort / kShortThreads>,
-                          {blocks, kShortThreads, int(sizeof(Mailbox))}, launch.stream, task);
+    constexpr int kEach = kMostShort / kShortThreads;
+    const int blocks = blocks_for(task.selection.rows, 1), threads = threads_for(classes, kEach);
+    return device::launch(cross_entropy_block<float, kEach>, {blocks, threads, int(sizeof(Mailbox))}, launch.stream,
+                          task);
   }
   const bool held = task.student.dtype == DType::f32 ? try_shared<4>(task, launch) : try_shared<8>(task, launch);
   if (!held) launch_streamed<float, 4>(task, launch.stream);

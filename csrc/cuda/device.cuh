@@ -147,7 +147,6 @@ inline int attribute(cudaDeviceAttr which, int device) {
 
 struct Limits {
   int shared_of_block, shared_of_multiprocessor, shared_reserved;  // bytes; the last of each block's, by the system
-  int cluster;                                                     // blocks in a cluster; 1: there are none
 };
 
 inline constexpr int kPlainShared = 48 << 10;  // bytes that a block may have without asking
@@ -157,8 +156,16 @@ inline constexpr int kMostCluster = 16;
 inline Limits limits(int device) {
   return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-          attribute(cudaDevAttrReservedSharedMemoryPerBlock, device),
-          attribute(cudaDevAttrClusterLaunch, device) != 0 ? kMostCluster : 1};
+          attribute(cudaDevAttrReservedSharedMemoryPerBlock, device)};
+}
+
+// Blocks in a cluster of this kernel. 1 also where it was compiled for a device without clusters, whatever runs it.
+template <class Task>
+int most_cluster(void (*kernel)(Task), int device) {
+  if (attribute(cudaDevAttrClusterLaunch, device) == 0) return 1;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90 ? kMostCluster : 1;
 }
 
 struct Grid {

@@ -108,8 +108,8 @@ void launch_lanes(const DistillTask<T>& task, const Launch& launch) {
 
 template <class T, int kEach>
 void launch_block(const DistillTask<T>& task, const Launch& launch) {
-  const int blocks = blocks_for(task.selection.rows, 1);
-  device::launch(distill_block<T, kEach>, {blocks, kShortThreads, int(sizeof(Mailbox))}, launch.stream, task);
+  const int blocks = blocks_for(task.selection.rows, 1), threads = threads_for(task.selection.classes, kEach);
+  device::launch(distill_block<T, kEach>, {blocks, threads, int(sizeof(Mailbox))}, launch.stream, task);
 }
 
 // False where no cluster of this device can hold the row.

@@ -15,6 +15,11 @@ inline int blocks_for(std::int64_t rows, int rows_at_once) {
   return int(std::min<std::int64_t>((rows + rows_at_once - 1) / rows_at_once, kMostBlocks));
 }
 
+// Threads, whole warps, that have a row in their registers.
+inline int threads_for(std::int64_t classes, int each) {
+  return int((classes + kWarp * each - 1) / (kWarp * each)) * kWarp;
+}
+
 struct RowBytes {
   std::int64_t classes;
   int neighbours;                    // classes a lane takes at a time
@@ -47,9 +52,10 @@ inline SharedGrid shared_grid(const RowBytes& row, std::int64_t rows, int cluste
 template <class Task>
 SharedGrid plan_shared(const RowBytes& row, std::int64_t rows, int device, void (*kernel)(Task)) {
   const device::Limits limits = device::limits(device);
+  const int most_cluster = device::most_cluster(kernel, device);
   const int half = std::min(limits.shared_of_multiprocessor / 2 - limits.shared_reserved, limits.shared_of_block);
   for (const int most : {half, limits.shared_of_block}) {
-    for (int cluster = 1; cluster <= limits.cluster; cluster *= 2) {
+    for (int cluster = 1; cluster <= most_cluster; cluster *= 2) {
       const SharedGrid grid = shared_grid(row, rows, cluster);
       if (!grid.fits || grid.grid.shared_bytes > most) continue;
       if (cluster <= device::kPortableCluster || device::resident_clusters(kernel, grid.grid) > 0) return grid;

@@ -19,7 +19,8 @@ def demangled(name: str) -> str:
     if filt is None:
         return name
     full = subprocess.run([filt, name], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"\(.*|ban_fast::cuda::|\(anonymous namespace\)::|void ", "", full)
+    plain = re.sub(r"ban_fast::cuda::|\(anonymous namespace\)::|void ", "", full)
+    return plain.partition("(")[0]
 
 
 @pytest.mark.slow

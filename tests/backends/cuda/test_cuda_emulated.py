@@ -19,10 +19,11 @@ SMALL = 6 << 10
 
 
 @pytest.fixture(scope="session")
-def emulated(pytestconfig: pytest.Config) -> Emulated:
+def emulated(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     options = os.environ.get("BAN_FAST_EMULATOR_FLAGS", "-O1").split()
-    assert pytestconfig.cache is not None
-    return Emulated(build(pytestconfig.cache.mkdir("cuda_emulated"), *options))
+    cache = getattr(pytestconfig, "cache", None)  # None with -p no:cacheprovider
+    directory = tmp_path_factory.mktemp("emulated") if cache is None else cache.mkdir("cuda_emulated")
+    return Emulated(build(directory, *options))
 
 
 @pytest.fixture
@@ -144,7 +145,9 @@ def test_no_access_out_of_bounds() -> None:
         # Python and torch keep memory until the process ends, and throw across what has no frames.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
-    chosen = "(InTheEmulator and (test_kd or dkpp or cwtm or alignment or strides or clusters or range or scaling))"
+    chosen = (
+        "InTheEmulator and not near and (kd or dkpp or cwtm or alignment or strides or clusters or range or scaling)"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-k", chosen]
     done = subprocess.run([*command, str(__file__)], env=environment, capture_output=True, text=True)
     print(done.stdout[-1500:])

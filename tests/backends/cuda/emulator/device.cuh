@@ -129,11 +129,15 @@ class Guard {
 };
 
 struct Limits {
-  int shared_of_block, shared_of_multiprocessor, shared_reserved, cluster;
+  int shared_of_block, shared_of_multiprocessor, shared_reserved;
 };
 inline constexpr int kPortableCluster = 8;
 inline Limits limits(int) {
-  return {emulator::limits.shared_of_block, emulator::limits.shared_of_multiprocessor, 1024, emulator::limits.cluster};
+  return {emulator::limits.shared_of_block, emulator::limits.shared_of_multiprocessor, 1024};
+}
+template <class Task>
+int most_cluster(void (*)(Task), int) {
+  return emulator::limits.cluster;
 }
 
 struct Grid {

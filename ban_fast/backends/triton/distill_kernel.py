@@ -102,12 +102,9 @@ def distill_kernel(
 
     count = kept_count(labels, counts, num_counts, num_rows, ignore_index, REDUCTION, TOTAL_BLOCK, ACC)
     each = divide(number(1.0, ACC), count, ACC)
-    slope_kd = from_bits(kd_slope, ACC) * each
-    slope_label = weight_label * each
     if grad_scale is not None:
-        up, down = half_scale(slope_kd + slope_label)
-        slope_kd *= up
-        slope_label *= up
+        up, down = half_scale(from_bits(kd_slope, ACC) * each + weight_label * each)
+        each *= up
         if program == 0:
             tl.store(grad_scale, down)
 
@@ -132,6 +129,8 @@ def distill_kernel(
         wanted = labels
         if labels is not None:
             wanted = y
+        slope_kd = from_bits(kd_slope, ACC) * each
+        slope_label = weight_label * each
         inside = rows < num_rows
         cols = tl.arange(0, BLOCK)[None, :]
         sources = cols

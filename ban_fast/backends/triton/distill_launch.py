@@ -64,13 +64,14 @@ def _launch(
     align = launch.alignment(num_classes, student, teacher)
     double = torch_acc == torch.float64
     plan = config.distill_plan(num_classes, aligned=align >= 4, double=double, permuted=permutation is not None)
-    if plan.stages > 1 and not plan.online and launch.shared_memory(device) < config.PREFETCH_SHARED:
-        plan = plan._replace(stages=1)
     programs = plan.programs(num_rows, launch.multiprocessors(device))
     in_registers = permutation is None or num_classes <= config.RANKED_BELOW
     shape = (programs * plan.rows, num_classes)
     scratch = None if in_registers else torch.empty(shape, dtype=teacher.dtype, device=device)
     reduced = o.reduction != "none"
+    # A loop that fetches rows early and stores a loss for each takes Triton 3.9's LLVM minutes to compile.
+    if not plan.online and not (reduced and launch.shared_memory(device) >= config.PREFETCH_SHARED):
+        plan = plan._replace(stages=1)
     counts = None
     if o.reduction == "mean" and labels is not None and num_rows > plan.counted_below:
         counts = count(labels, o.ignore_index, torch_acc)
@@ -118,6 +119,7 @@ def _launch(
         SHORT=launch.half_bits(student, teacher),
         **shared,
         **launch.heat(o.temperature, double),
+        T_KIND=launch.heat_kind(o.temperature),
         **launch.bits(
             double,
             kd_scale=o.temperature**2 if o.scale_t2 else 1.0,

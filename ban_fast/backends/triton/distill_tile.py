@@ -146,10 +146,13 @@ def distill_tile(
     if grad_row is not None:
         for p in tl.static_range(PARTS):
             z_p = z[p]
+            label = y
+            if y is not None:
+                label = y - p * BLOCK
             if WITH_LABEL and PARTS > 1:  # from the cache: three values a lane would not fit in registers
                 z_p = load_logits(z_row, cols + p * BLOCK, student_col, z_masks[p], CONTIGUOUS, ACC)
             store_gradient(
-                grad_row, cols + p * BLOCK, apart[p], z_p, y, sound, z_masks[p] & ~far, label_part,
+                grad_row + p * BLOCK, cols, apart[p], z_p, label, sound, z_masks[p] & ~far, label_part,
                 WITH_KD, WITH_LABEL, ACC,
             )  # fmt: skip
     if tl.max(tl.max(far.to(tl.int32), axis=1), axis=0) > 0:

@@ -87,13 +87,14 @@ def bits(double: bool, **values: float) -> dict[str, Any]:
 
 
 def heat(temperature: float, double: bool) -> dict[str, Any]:
-    """A kernel's arguments for T; its inverse is exact where T is a power of two."""
+    """A kernel's arguments for T."""
+    return bits(double, temperature=temperature, inverse=1 / temperature, exp_scale=LOG2_E.value / temperature)
+
+
+def heat_kind(temperature: float) -> int:
+    """How `row_math.tempered` divides by T: its inverse is exact where T is a power of two."""
     exact = math.frexp(temperature)[0] == 0.5
-    kind = UNIT if temperature == 1 else POWER_OF_TWO if exact else ANY
-    return {
-        **bits(double, temperature=temperature, inverse=1 / temperature, exp_scale=LOG2_E.value / temperature),
-        "T_KIND": kind.value,
-    }
+    return (UNIT if temperature == 1 else POWER_OF_TWO if exact else ANY).value
 
 
 @cache

@@ -125,7 +125,7 @@ def or_lost(e, weight):
 
 @triton.jit
 def tempered(d, heat, T_KIND: tl.constexpr, ACC: tl.constexpr):
-    """d / T, rounded once; heat = (T, 1 / T, log2(e) / T): by the inverse where that is exact, else with the remainder."""
+    """d / T, rounded once, of finite d; heat = (T, 1 / T, log2(e) / T): by the inverse where that is exact, else with the remainder."""
     temperature, inverse, exp_scale = heat
     if T_KIND == UNIT:
         return d
@@ -173,7 +173,7 @@ def far_terms(z, t, z_max, t_max, z_sum, t_sum, heat, T_KIND: tl.constexpr, ACC:
     """By log-sum-exp, with the row sums of exp_below: the terms of KL, and q - p."""
     q = exp_below(z, z_max, heat, ACC) * divide(number(1.0, ACC), z_sum, ACC)
     p = exp_below(t, t_max, heat, ACC) * divide(number(1.0, ACC), t_sum, ACC)
-    z_log = tempered(z - z_max, heat, T_KIND, ACC) - tl.log(z_sum)
+    z_log = tl.where(z == float("-inf"), z, tempered(z - z_max, heat, T_KIND, ACC)) - tl.log(z_sum)
     u = z_log - (tempered(t - t_max, heat, T_KIND, ACC) - tl.log(t_sum))
     apart = q - p
     terms = tl.where(tl.abs(u) < SERIES_BELOW, p * expm1_minus(u, ACC), apart - p * u)

@@ -11,7 +11,8 @@ from ban_fast.backends import triton
 from ban_fast.backends.interface import LossOutput
 
 INF, NAN = float("inf"), float("nan")
-CLASSES = [2, 10, 17, 100, 129, 1500, 11000]
+SLOW = pytest.mark.slow
+CLASSES = [10, 129, *(pytest.param(n, marks=SLOW) for n in (2, 17, 100, 1500, 11000))]
 """A plan each: many rows a program or one, a warp and more, several parts, online; permuted in registers, or not."""
 LOSSES = ["kd", "dkpp", "cwtm", "cwtm, confidence given"]
 
@@ -111,7 +112,7 @@ def test_a_mean_with_a_row_out_of_range_is_nan_and_counts_it(loss: str, device: 
     torch.testing.assert_close(got.grad[[0, 3]].double(), wanted.grad * 2 / 3, rtol=1e-5, atol=1e-9)  # of 3, not 2
 
 
-@pytest.mark.parametrize("classes", [5, 40, 129, 1500, 11000])
+@pytest.mark.parametrize("classes", [5, 129, 11000, *(pytest.param(n, marks=SLOW) for n in (40, 1500))])
 def test_logits_that_are_minus_infinity(classes: int, device: torch.device) -> None:
     """In both, in the teacher's alone, in the student's alone (an infinite KL), at the label, and in all of a row."""
     student, teacher = logits(7, classes, "near")
@@ -133,7 +134,7 @@ def test_logits_that_are_minus_infinity(classes: int, device: torch.device) -> N
             assert_close(one, wanted, loss=1e-5, gradient=1e-5)  # by log-sum-exp
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100, 129, 1500, 11000])
+@pytest.mark.parametrize("classes", [2, 129, 11000, *(pytest.param(n, marks=SLOW) for n in (10, 100, 1500))])
 @pytest.mark.parametrize("size", [100.0, 1e4])
 def test_very_large_logits(size: float, classes: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(classes)
@@ -150,7 +151,7 @@ def test_very_large_logits(size: float, classes: int, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("classes", [10, 100, 1500, 11000])
+@pytest.mark.parametrize("classes", [10, 1500, *(pytest.param(n, marks=SLOW) for n in (100, 11000))])
 def test_nan_stays_in_its_row_and_is_never_lost(loss: str, classes: int, device: torch.device) -> None:
     """What `max` does with NaN differs between the interpreter and a GPU: a loss must not depend on it."""
     student, teacher = logits(5, classes, "random")

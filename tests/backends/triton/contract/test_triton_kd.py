@@ -6,6 +6,7 @@ from ban_fast.backends import triton
 from ban_fast.backends.triton import config, launch
 
 REGIMES = ["random", "near", "shifted", "sharper", "outlier", "far"]
+MORE = [2, 5, 7, 99, 100, 1000, 5000, 10240]
 CLASSES = [2, 3, 5, 7, 10, 99, 100, 101, 1000]
 """One and many rows a program, exact powers of two and not, 16-byte rows and not."""
 LARGE = [2050, 5000, 10240, 33000]
@@ -26,7 +27,7 @@ def rows_for(classes: int) -> int:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("classes", CLASSES + LARGE)
+@pytest.mark.parametrize("classes", [3, 10, 101, 2050, 33000, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
 def test_kd_is_accurate(classes: int, regime: str, device: torch.device) -> None:
     tensors = (*logits(rows_for(classes), classes, regime), None, None)
     options = KD | {"reduction": "none", "temperature": 3.0 if regime == "shifted" else 1.0}
@@ -109,7 +110,7 @@ def test_any_strides(classes: int, device: torch.device) -> None:
 @pytest.mark.parametrize("divergence", ["kl", "ce"])
 def test_every_way_of_asking(reduction: str, scale_t2: bool, divergence: str, device: torch.device) -> None:
     labels, rows = torch.tensor([1, 0, -100, 1, 4]), torch.tensor([2, 2, 0, 1, 6])
-    for classes in (7, 300, 11000):
+    for classes in (7, 11000):
         student, _ = logits(5, classes, "random")
         _, teacher = logits(7, classes, "random")
         tensors = (student, teacher, labels, rows)
@@ -136,13 +137,13 @@ def test_a_term_without_weight_is_reported_and_left_out(weights: tuple[float, fl
 
 
 def test_a_large_batch_is_counted_first(device: torch.device) -> None:
-    for rows, classes in ((2100, 3), (600, 40)):
-        assert rows > config.distill_plan(classes, aligned=False, double=False, permuted=False).counted_below
-        student, teacher = logits(rows, classes, "random")
-        labels = torch.where(torch.arange(rows) % 3 == 0, -100, 1)
-        options = KD | {"label_weight": 0.5}
-        tensors = (student, teacher, labels, None)
-        assert_close(found("kd", tensors, device, **options), truth("kd", tensors, **options))
+    rows, classes = 2100, 3
+    assert rows > config.distill_plan(classes, aligned=False, double=False, permuted=False).counted_below
+    student, teacher = logits(rows, classes, "random")
+    labels = torch.where(torch.arange(rows) % 3 == 0, -100, 1)
+    options = KD | {"label_weight": 0.5}
+    tensors = (student, teacher, labels, None)
+    assert_close(found("kd", tensors, device, **options), truth("kd", tensors, **options))
 
 
 def test_few_programs_take_many_rows_and_the_sum_needs_no_counter(
@@ -196,7 +197,19 @@ def test_empty_and_ignored_batches_are_zero(device: torch.device) -> None:
 
 
 def test_the_same_bits_every_time(device: torch.device) -> None:
-    tensors = (*logits(40, 100, "random"), torch.arange(40), None)
+    tensors = (*logits(9, 100, "random"), torch.arange(9), None)
     options = KD | {"label_weight": 1.0, "temperature": 3.0}
     first, second = found("kd", tensors, device, **options), found("kd", tensors, device, **options)
     assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100, 2050, 11000])
+def test_equal_logits_are_exactly_nothing_and_no_divergence_is_negative(classes: int, device: torch.device) -> None:
+    _, teacher = logits(4, classes, "random")
+    options = KD | {"reduction": "none", "temperature": 3.0}
+    same = found("kd", (teacher, teacher, None, None), device, **options)
+    assert not same.kd.any()
+    assert not same.grad.any()
+    for size in (1e-7, 1e-6, 1e-5):  # below the rounding of some logits, and above
+        student = teacher * (1 + size)
+        assert (found("kd", (student, teacher, None, None), device, **options).kd >= 0).all()

@@ -7,6 +7,7 @@ from triton_truth import DKPP, FAR_ERROR, KD, assert_close, found, logits, truth
 
 from ban_fast.backends.triton import config
 
+SLOW = pytest.mark.slow
 BLOCK = 64
 
 
@@ -30,7 +31,7 @@ def check(student: Tensor, teacher: Tensor, device: torch.device, bound: float =
 
 
 @pytest.mark.usefixtures("in_blocks")
-@pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193])
+@pytest.mark.parametrize("classes", [63, 64, 65, *(pytest.param(n, marks=SLOW) for n in (1, 2, 127, 128, 129, 193))])
 def test_classes_around_the_edges_of_blocks(classes: int, device: torch.device) -> None:
     for regime in ("random", "near", "shifted"):
         student, teacher = logits(2, classes, regime)
@@ -39,7 +40,9 @@ def test_classes_around_the_edges_of_blocks(classes: int, device: torch.device) 
 
 
 @pytest.mark.usefixtures("in_blocks")
-@pytest.mark.parametrize("regime", ["random", "near", "shifted", "sharper", "outlier", "far"])
+@pytest.mark.parametrize(
+    "regime", ["near", *(pytest.param(name, marks=SLOW) for name in ("random", "shifted", "sharper", "outlier", "far"))]
+)
 def test_where_the_largest_logits_are(regime: str, device: torch.device) -> None:
     """The teacher's argmax in each block, a maximum that rises with every block, and one that is never beaten."""
     bound = FAR_ERROR if regime == "far" else 3e-6
@@ -58,7 +61,7 @@ def test_where_the_largest_logits_are(regime: str, device: torch.device) -> None
 
 
 @pytest.mark.usefixtures("in_blocks")
-@pytest.mark.parametrize("size", [3.0, 15.0, 30.0, -30.0, 80.0])
+@pytest.mark.parametrize("size", [30.0, *(pytest.param(x, marks=SLOW) for x in (3.0, 15.0, -30.0, 80.0))])
 def test_an_outlier_in_each_block(size: float, device: torch.device) -> None:
     """A class where student and teacher differ, near or far, with mass in the teacher or none to speak of."""
     for low in (0.0, 25.0, 120.0):
@@ -99,7 +102,7 @@ def test_blocks_in_other_dtypes(dtype: torch.dtype, device: torch.device) -> Non
 
 
 @pytest.mark.usefixtures("in_blocks")
-@pytest.mark.parametrize("classes", [2, 65, 128, 200])
+@pytest.mark.parametrize("classes", [65, *(pytest.param(n, marks=SLOW) for n in (2, 128, 200))])
 def test_dkpp_in_blocks(classes: int, device: torch.device) -> None:
     student, teacher = logits(3, classes, "random")
     tensors = (student, teacher, torch.tensor([0, 1, -100]), None, 7, torch.tensor([1, 2, 0]))

@@ -14,14 +14,14 @@ namespace ban_fast::BAN_FAST_ISA {
 // d from which on expm1(d) is -1 in fp32 and fp64: where the student all but drops a class, how far says nothing.
 inline constexpr double kDropped = -80.0;
 // d above which a class is not weighed by p expm1(d), which shows the rounding of d and of x, and is nothing where p
-// underflowed, but by its own logit. Measured with one class at d = 21 to 90 and A = e^-12 to e^4, 10 to 10,000 classes:
+// underflowed, but by its own logit. Measured with one class at d = 21 to 90, A = e^-12 to e^4, 10 to 10,000 classes:
 // the gradient within 8e-7; without it 1e-5, and wrong where p underflowed.
 inline constexpr double kLeaping = 20.0;
 // A row goes by log-sum-exp where its leaping classes bring A above this share of the teacher's mass S. Log-sum-exp was
 // measured within 2e-7 of the gradient at A = S, 2e-6 at S / 20 and 2e-2 at S e^-12, in rows with a teacher of e^-14.
 inline constexpr double kLeapingMass = 1.0;
-// So does a row where the student has less than this share of the teacher's mass, relative to the reference class: below
-// it A's rounding weighs more than the cancellation that the difference form avoids.
+// So does a row where the student has less than this share of the teacher's mass, relative to the reference class:
+// below it A's rounding weighs more than the cancellation that the difference form avoids.
 inline constexpr double kLeastMass = 0.25;
 inline constexpr double kSeriesLimit = 0.1;
 
@@ -50,8 +50,8 @@ BAN_FAST_HD F excess(F p, F d) {
   return p * expm1(larger(d, F(Scalar<F>(kDropped))));
 }
 
-// The same for d > kLeaping, from z_i - z_r, and for p that is 0 where it underflowed. Where z_i - z_r > kLeaping too, A
-// is beyond kLeapingMass, whatever it is.
+// The same for d > kLeaping, from z_i - z_r, and for p that is 0 where it underflowed. Where z_i - z_r > kLeaping T
+// too, A is beyond kLeapingMass, whatever it is.
 template <class F, class Divisor>
 BAN_FAST_HD F leaping_excess(F p, F z_minus_z_r, const Divisor& temperature) {
   const F highest = F(Scalar<F>(kLeaping * double(temperature.value)));

@@ -74,12 +74,15 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
   return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, double(largest_lane(largest_d))};
 }
 
-// KL by the difference form, and the gradient, unless To is NoGradient.
+// KL by the difference form, and the gradient, unless To is NoGradient. A gradient that is streamed to where no vector
+// begins is laid aside first, in the row's exp: sums keep the order of the row.
 template <bool kLabel, class T, class To>
 static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near, double kd_scale, To* gradient) {
   const double inverse = 1.0 / s;
   const Vec<T> log_mass(near.log_mass), exp_neg(near.exp_neg), expm1_neg(near.expm1_neg);
   const Vec<T> scale(T(kd_scale * inverse)), label(static_cast<T>(row.label_scale));
+  bool aside = false;
+  if constexpr (!std::is_same_v<To, NoGradient>) aside = row.streamed && unaligned_head<T>(gradient) != 0;
   LaneSum<T> divergence;
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
     const Apart<Vec<T>> apart = near_apart(load(row.exp + i), load(row.excess + i), load(row.difference + i), log_mass,
@@ -88,10 +91,18 @@ static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near,
     if constexpr (!std::is_same_v<To, NoGradient>) {
       Vec<T> g = apart.minus_p * scale;
       if constexpr (kLabel) g = madd(load(row.label + i), label, g);
-      put<tail>(gradient + i, g, row.classes - i, row.streamed);
+      if (aside) {
+        store(row.exp + i, g);
+      } else {
+        put<tail>(gradient + i, g, row.classes - i, row.streamed);
+      }
     }
   };
   for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
+  if constexpr (!std::is_same_v<To, NoGradient>) {
+    const auto laid = [&](std::int64_t i) BAN_FAST_LAMBDA { return load(row.exp + i); };
+    if (aside) write_row<T>(gradient, row.classes, true, laid);
+  }
   return divergence.value() * inverse;
 }
 

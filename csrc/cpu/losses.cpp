@@ -37,10 +37,9 @@ void run(void (*kernel)(const Job&, std::int64_t, std::int64_t), const Job& job,
 
 // A gradient that no cache holds is written past it.
 Gradient gradient_of(const LossResult& result, DType dtype, const Selection& selection) {
-  constexpr std::int64_t kCache = 16 << 20, kLine = 64;
+  constexpr std::int64_t kCache = 16 << 20;
   const std::int64_t row_bytes = selection.classes * (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2);
-  const bool aligned = row_bytes % kLine == 0 && reinterpret_cast<std::uintptr_t>(result.gradient) % kLine == 0;
-  return {result.gradient, dtype, aligned && row_bytes * selection.rows >= kCache};
+  return {result.gradient, dtype, row_bytes * selection.rows >= kCache};
 }
 
 struct Checked {

@@ -57,7 +57,8 @@ std::size_t limit_of_environment() {
   errno = 0;
   const unsigned long long mib = std::strtoull(text, &end, 10);
   if (*text < '0' || *text > '9' || *end != '\0' || errno != 0 || mib > (std::size_t(-1) >> 20)) {
-    throw std::invalid_argument("BAN_FAST_POOL_MIB is '" + std::string(text) + "'; a number of MiB is needed, such as 256");
+    throw std::invalid_argument("BAN_FAST_POOL_MIB is '" + std::string(text) +
+                                "'; a number of MiB is needed, such as 256");
   }
   return std::size_t(mib) << 20;
 }
@@ -101,8 +102,8 @@ class Pool {
     return {owned_, most_owned_, kept_bytes_};
   }
 
-  // Around a fork. Blocks that are owned are the child's too, as copies; what was kept stays with the parent alone, whose
-  // next writes to it then need not make copies.
+  // Around a fork. Blocks that are owned are the child's too, as copies; what was kept stays with the parent alone,
+  // whose next writes to it then need not make copies.
   void before_fork() { mutex_.lock(); }
   void after_fork_in_parent() { mutex_.unlock(); }
   void after_fork_in_child() {

@@ -10,8 +10,7 @@ namespace ban_fast {
 struct Gradient {
   void* data;
   DType dtype;
-  // Written past the cache: it is larger than that, and its rows begin and end on cache lines. Saves reading what is
-  // overwritten.
+  // Written past the cache, since it is larger than that: saves reading what is overwritten.
   bool streamed = false;
 };
 

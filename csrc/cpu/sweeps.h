@@ -139,10 +139,30 @@ struct Peak {
   std::int64_t index;
 };
 
+// The same of a short row, without a branch that depends on where it is: a wrong guess would cost as much as the row.
+template <class T>
+BAN_FAST_HD Peak<T> short_row_peak(const T* row, std::int64_t classes) {
+  using Int = IntOf<T>;
+  Vec<T> largest(-kInfinity<T>);
+  Vec<Int> where = lane_numbers<Int>();
+  for_vectors<T>(
+      0, classes,
+      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+        const Vec<T> x = load_some<tail>(row + i, classes - i, -kInfinity<T>);
+        const auto is_larger = largest < x;
+        largest = select(is_larger, x, largest);
+        where = select(is_larger, lane_numbers<Int>() + Vec<Int>(Int(i)), where);
+      },
+      []() BAN_FAST_LAMBDA {});
+  const T value = largest_lane(largest);
+  return {value, smallest_of(largest == Vec<T>(value), where)};
+}
+
 // The row's largest value and its lowest index (0 in a row of NaN).
 template <class T>
 BAN_FAST_HD Peak<T> row_peak(const T* row, std::int64_t classes) {
   constexpr std::int64_t lanes = Vec<T>::lanes;
+  if (classes <= kBlockVectors * lanes) return short_row_peak(row, classes);
   Peak<T> peak{-kInfinity<T>, 0};
   Vec<T> block(-kInfinity<T>);
   std::int64_t block_begin = 0, peak_block = 0;
@@ -224,12 +244,22 @@ BAN_FAST_HD void put(To* to, Vec<T> x, std::int64_t left, bool streamed) {
   }
 }
 
-// row[i] = value(i) for a gradient's row; value gives a vector, of which all lanes are computed and the row's are
-// written.
+// How many elements of a row come before the first at which a vector may be streamed.
+template <class T, class To>
+BAN_FAST_HD std::int64_t unaligned_head(const To* row) {
+  constexpr std::uintptr_t kLine = Vec<T>::lanes * sizeof(To);
+  return std::int64_t((kLine - reinterpret_cast<std::uintptr_t>(row) % kLine) % kLine / sizeof(To));
+}
+
+// row[i] = value(i) for a gradient's row; value gives the vector from any i on, of which all lanes are computed and the
+// row's are written.
 template <class T, class To, class Value>
 BAN_FAST_HD void write_row(To* row, std::int64_t classes, bool streamed, Value value) {
+  std::int64_t head = streamed ? unaligned_head<T>(row) : 0;
+  head = head < classes ? head : classes;
+  if (head > 0) write_some<true>(row, value(0), head);
   for_vectors<T>(
-      0, classes,
+      head, classes,
       [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA { put<tail>(row + i, value(i), classes - i, streamed); },
       []() BAN_FAST_LAMBDA {});
 }

@@ -318,6 +318,24 @@ BAN_FAST_HD T largest_lane(Vec<T> x) {
 #endif
 }
 
+// The smallest of the lanes whose mask is set, of which there is one at least.
+template <class I>
+BAN_FAST_HD I smallest_of(Vec<I> mask, Vec<I> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(I) == 4) {
+    return _mm512_mask_reduce_min_epi32(_mm512_movepi32_mask((__m512i)mask.part[0]), (__m512i)x.part[0]);
+  } else {
+    return _mm512_mask_reduce_min_epi64(_mm512_movepi64_mask((__m512i)mask.part[0]), (__m512i)x.part[0]);
+  }
+#else
+  I values[Vec<I>::lanes];
+  store(values, select(mask, x, Vec<I>(std::numeric_limits<I>::max())));
+  I smallest = values[0];
+  for (I value : values) smallest = value < smallest ? value : smallest;
+  return smallest;
+#endif
+}
+
 // Lane l of the result: lanes l and l + 8 of x, added in double.
 BAN_FAST_HD Vec<double> widened_sum(Vec<float> x) {
 #if defined(__AVX512F__)

@@ -114,7 +114,8 @@ BAN_FAST_HD Bytes lookup_in(const ByteTable& table, Bytes index) {
 // entries[index] for indices below `used`, the table's entries in use.
 BAN_FAST_HD Bytes lookup(const ByteTable& table, Bytes index, [[maybe_unused]] int used) {
 #if defined(__AVX512BW__)
-  return used > 128 ? lookup_in<256>(table, index) : used > 64 ? lookup_in<128>(table, index) : lookup_in<64>(table, index);
+  if (used > 128) return lookup_in<256>(table, index);
+  return used > 64 ? lookup_in<128>(table, index) : lookup_in<64>(table, index);
 #elif defined(__AVX2__)
   Bytes found(std::uint8_t(0));
   for (int tile = 0; tile < used; tile += 16) {

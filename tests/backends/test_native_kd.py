@@ -174,17 +174,31 @@ def test_teacher_rows_are_read_in_place() -> None:
     assert torch.equal(kd(student, cache, None, rows_apart).grad, expected.grad)
 
 
-def test_large_gradients_are_streamed_to_the_same_bits() -> None:
-    # 16 MiB and rows of whole cache lines are written past the cache; a first row more at an odd address is not.
-    rows, classes = 260, 16_384
+@pytest.mark.parametrize("classes", [16_384, 16_381, 100_003])
+def test_large_gradients_are_streamed_to_the_same_bits(classes: int) -> None:
+    # From 16 MiB on they are written past the cache, wherever their rows begin; a row alone is not.
+    rows = 2**23 // classes + 4
     student, teacher, labels = logits(rows, classes), logits(rows, classes, seed=1), torch.arange(rows)
-    for dtype in (torch.float32, torch.float64):
-        large = kd(student.to(dtype), teacher, labels, label_weight=1.0, reduction="sum")
-        for row in (0, 131, 259):
-            alone = kd(
-                student[row : row + 1].to(dtype), teacher[row : row + 1], labels[row : row + 1], label_weight=1.0
-            )
+    student[1] += 30 * (torch.arange(classes) == 5)  # by log-sum-exp
+    options = {"reduction": "sum", "label_weight": 1.0}
+    cwtm = {"weight_by": "teacher_max", "ignore_index": -100, "need_grad": True}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        student_, one = (
+            student.to(dtype),
+            torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        )
+        large = kd(student_, teacher, labels, **options)
+        unlabelled = kd(student_, teacher, reduction="none")
+        weighted = native.cwtm(student_, teacher, labels, None, one, None, **cwtm)
+        for row in (0, 1, rows // 2, rows - 1):
+            one_row = slice(row, row + 1)
+            alone = kd(student_[one_row], teacher[one_row], labels[one_row], **options)
             assert torch.equal(large.grad[row], alone.grad[0])
+            alone = kd(student_[one_row], teacher[one_row], reduction="none")
+            assert torch.equal(unlabelled.grad[row], alone.grad[0])
+            assert torch.equal(unlabelled.loss[row], alone.loss[0])
+            alone = native.cwtm(student_[one_row], teacher[one_row], labels[one_row], None, one, None, **cwtm)
+            assert torch.equal(weighted.grad[row], alone.grad[0])
 
 
 def test_forward_only_gives_the_same_values() -> None:

@@ -37,7 +37,7 @@ def lines(data_dir: str | None) -> Iterator[str]:
 def _versions() -> dict[str, str]:
     versions = {"ban-fast": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _DISTRIBUTIONS}
-    return versions | {"CUDA in _native": _native_cuda()}
+    return versions | {"CPU in _native": _native_cpu(), "CUDA in _native": _native_cuda()}
 
 
 def _version(distribution: str) -> str:
@@ -49,6 +49,17 @@ def _version(distribution: str) -> str:
 
 def _ffcv() -> str:
     return beton.missing() or _version("ffcv")
+
+
+def _native_cpu() -> str:
+    """The instruction set of the native part's kernels on the CPU."""
+    try:
+        native: Any = importlib.import_module("ban_fast._native")
+        return str(native.instruction_set())
+    except ImportError as error:
+        return f"none: _native cannot be imported ({error})"
+    except ValueError as error:  # of the environment variable BAN_FAST_ISA
+        return f"none: {error}"
 
 
 def _native_cuda() -> str:

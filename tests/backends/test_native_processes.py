@@ -180,6 +180,13 @@ def test_baseline_is_everywhere_and_the_best_is_used(instruction_sets: list[str]
         assert _native.instruction_set() == instruction_sets[-1]
 
 
+def test_info_says_which_is_used_and_what_is_wrong_with_a_name(instruction_sets: list[str]) -> None:
+    assert "CPU in _native   baseline" in run_with("baseline", "-m", "ban_fast", "info").stdout
+    listed = ", ".join(instruction_sets)
+    wrong = run_with("nonesuch", "-m", "ban_fast", "info").stdout
+    assert f"CPU in _native   none: BAN_FAST_ISA is 'nonesuch'; this machine has: {listed}" in wrong
+
+
 def test_every_instruction_set_passes_the_kernels_tests(instruction_sets: list[str]) -> None:
     for isa in instruction_sets:
         if isa == _native.instruction_set():

@@ -85,7 +85,7 @@ def cross_entropy_kernel(
     kd,
     label,
     partials,  # [2, programs] and the divisor, 1
-    counter,  # 0-d int32, 0 between launches; None: another launch reduces
+    counter,  # 0-d int32, 0 between launches
     num_rows: tl.int32,
     num_teacher_rows: tl.int64,
     num_classes: tl.int32,
@@ -165,7 +165,6 @@ def cross_entropy_kernel(
         tl.store(partials + 2 * tl.num_programs(0), number(1.0, ACC))
     tl.store(partials + program, number(0.0, ACC))
     tl.store(partials + tl.num_programs(0) + program, tl.sum(tl.sum(label_total, axis=1), axis=0))
-    if counter is not None:
-        if is_last_program(counter):
-            one = number(1.0, ACC)
-            store_reduced(partials, loss, kd, label, tl.num_programs(0), one, one, False, True, TOTAL_BLOCK, ACC)
+    if is_last_program(counter):
+        one = number(1.0, ACC)
+        store_reduced(partials, loss, kd, label, tl.num_programs(0), one, one, False, True, TOTAL_BLOCK, ACC)

@@ -1,9 +1,6 @@
-"""CWTM: from validated tensors to launches. With `confidence` one launch does it, but for
-
-- more labelled rows than `config.Plan.counted_below` (512 to 2048): one before, that adds up the confidences;
-- a capture without a counter of its own (`launch.counter`): one after, that adds up.
-
-From the teacher's logits it takes one more, before: the confidences of a batch are needed for every row's weight.
+"""CWTM: from validated tensors to launches. With `confidence` one launch does it; with more labelled rows than
+`config.Plan.counted_below` (512 to 2048) there is one before, that adds up the confidences. From the teacher's logits it takes
+two: the confidences of a batch are needed for every row's weight.
 """
 
 from typing import NamedTuple
@@ -15,7 +12,6 @@ from ban_fast.backends.interface import LossOutput, WeightBy
 from ban_fast.backends.triton import config, launch
 from ban_fast.backends.triton.confidence import given_confidences_kernel, teacher_confidences_kernel
 from ban_fast.backends.triton.cross_entropy import cross_entropy_kernel
-from ban_fast.backends.triton.totals import reduce_kernel
 
 
 class _Confidences(NamedTuple):
@@ -77,16 +73,6 @@ def _launch(
     torch_acc, acc = launch.arithmetic(student)
     programs = plan.programs(num_rows, launch.multiprocessors(student.device))
     partials = torch.empty(2 * programs + 1, dtype=torch_acc, device=student.device)
-    counter = launch.counter(student.device)
-    # What the launch has in common with the one that may have to follow it:
-    shared = {
-        "loss": output.loss,
-        "kd": output.kd,
-        "label": output.label,
-        "partials": partials,
-        "TOTAL_BLOCK": plan.total_block,
-        "ACC": acc,
-    }
     totals = confidences.totals
     cross_entropy_kernel[(programs,)](
         student=student,
@@ -97,37 +83,32 @@ def _launch(
         normalizer=normalizer,
         grad=output.grad,
         grad_scale=output.grad_scale,
-        counter=counter,
+        loss=output.loss,
+        kd=output.kd,
+        label=output.label,
+        partials=partials,
+        counter=launch.counter(student.device),
         num_rows=num_rows,
-        ignore_index=ignore_index,
         num_teacher_rows=num_teacher_rows,
         num_classes=num_classes,
         num_totals=0 if totals is None else totals.numel() // 2,
         student_row=student.stride(0),
         student_col=student.stride(1),
+        ignore_index=ignore_index,
+        ACC=acc,
         ONLINE=plan.online,
         ROWS=plan.rows,
         BLOCK=plan.block,
         PARTS=plan.parts,
         STAGES=plan.stages,
+        TOTAL_BLOCK=plan.total_block,
         ALIGN=launch.alignment(num_classes, student),
         CONTIGUOUS=launch.contiguous(student),
         BY_ROW=confidences.by_row,
         LOG=confidences.log,
-        **shared,
         **plan.options(double=torch_acc == torch.float64),
         **launch.OPTIONS,
     )
-    if counter is None:
-        reduce_kernel[(1,)](
-            programs=programs,
-            **launch.bits(torch_acc == torch.float64, kd_weight=1.0, label_weight=1.0),
-            WITH_KD=False,
-            WITH_LABEL=True,
-            num_warps=plan.warps,
-            **shared,
-            **launch.OPTIONS,
-        )
 
 
 def _given(

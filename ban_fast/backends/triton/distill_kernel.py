@@ -39,7 +39,7 @@ def distill_kernel(
     kd,
     label,
     partials,  # [2, programs] and the divisor, or None unreduced
-    counter,  # 0-d int32, 0 between launches; None: another launch reduces
+    counter,  # 0-d int32, 0 between launches, or None unreduced
     counts,  # [num_counts] partial counts of the rows kept, or None: they are counted here
     tables,  # [programs, ROWS, ROUNDS, TABLE] uint8 or int32, or None
     walks,  # [programs, ROWS, WALK] int32, or None
@@ -173,9 +173,8 @@ def distill_kernel(
     if REDUCTION != UNREDUCED:
         tl.store(partials + program, tl.sum(tl.sum(kd_total, axis=1), axis=0))
         tl.store(partials + tl.num_programs(0) + program, tl.sum(tl.sum(label_total, axis=1), axis=0))
-        if counter is not None:
-            if is_last_program(counter):
-                store_reduced(
-                    partials, loss, kd, label, tl.num_programs(0), weight_kd, weight_label,
-                    WITH_KD, WITH_LABEL, TOTAL_BLOCK, ACC,
-                )  # fmt: skip
+        if is_last_program(counter):
+            store_reduced(
+                partials, loss, kd, label, tl.num_programs(0), weight_kd, weight_label,
+                WITH_KD, WITH_LABEL, TOTAL_BLOCK, ACC,
+            )  # fmt: skip

@@ -1,7 +1,5 @@
-"""KD and DKPP: from validated tensors to launches. One launch does it, but for
-
-- a mean over more labelled rows than `config.Plan.counted_below` (512 to 2048): one before, that counts the rows kept;
-- a capture without a counter of its own (`launch.counter`): one after, that adds up.
+"""KD and DKPP: from validated tensors to launches. One launch does it; for a mean over more labelled rows than
+`config.Plan.counted_below` (512 to 2048) there is one before, that counts the rows kept.
 """
 
 from typing import NamedTuple
@@ -12,7 +10,7 @@ from torch import Tensor
 from ban_fast.backends.interface import Divergence, LossOutput, Reduction
 from ban_fast.backends.triton import config, launch, permute, rows
 from ban_fast.backends.triton.distill_kernel import distill_kernel
-from ban_fast.backends.triton.totals import count_kernel, reduce_kernel
+from ban_fast.backends.triton.totals import count_kernel
 
 _REDUCTIONS = {"none": rows.UNREDUCED.value, "sum": rows.SUM.value, "mean": rows.MEAN.value}
 
@@ -75,20 +73,6 @@ def _launch(
     counts = None
     if o.reduction == "mean" and labels is not None and num_rows > plan.counted_below:
         counts = count(labels, o.ignore_index, torch_acc)
-    partials = torch.empty(2 * programs + 1, dtype=torch_acc, device=device) if reduced else None
-    counter = launch.counter(device) if reduced else None
-    # What the launch has in common with the one that may have to follow it:
-    shared = {
-        "loss": output.loss,
-        "kd": output.kd,
-        "label": output.label,
-        "partials": partials,
-        **launch.bits(double, kd_weight=o.kd_weight, label_weight=o.label_weight),
-        "WITH_KD": o.kd_weight != 0,
-        "WITH_LABEL": o.label_weight != 0 and labels is not None,
-        "TOTAL_BLOCK": plan.total_block,
-        "ACC": acc,
-    }
     distill_kernel[(programs,)](
         student=student,
         teacher=teacher,
@@ -96,42 +80,49 @@ def _launch(
         teacher_rows=launch.dense(teacher_rows),
         grad=output.grad,
         grad_scale=output.grad_scale,
-        counter=counter,
+        loss=output.loss,
+        kd=output.kd,
+        label=output.label,
+        partials=torch.empty(2 * programs + 1, dtype=torch_acc, device=device) if reduced else None,
+        counter=launch.counter(device) if reduced else None,
         counts=counts,
-        num_counts=0 if counts is None else counts.numel(),
+        scratch=scratch,
         num_rows=num_rows,
-        ignore_index=o.ignore_index,
         num_teacher_rows=teacher.shape[0],
         num_classes=num_classes,
+        num_counts=0 if counts is None else counts.numel(),
         student_row=student.stride(0),
         student_col=student.stride(1),
         teacher_row=teacher.stride(0),
         teacher_col=teacher.stride(1),
+        ignore_index=o.ignore_index,
+        **launch.heat(o.temperature, double),
+        **launch.bits(
+            double,
+            kd_scale=o.temperature**2 if o.scale_t2 else 1.0,
+            kd_slope=o.kd_weight * (o.temperature if o.scale_t2 else 1 / o.temperature),
+            kd_weight=o.kd_weight,
+            label_weight=o.label_weight,
+        ),
+        ACC=acc,
         ONLINE=plan.online,
         ROWS=plan.rows,
         BLOCK=plan.block,
         PARTS=plan.parts,
         STAGES=plan.stages,
+        TOTAL_BLOCK=plan.total_block,
         ALIGN=align,
         CONTIGUOUS=launch.contiguous(student, teacher),
         REDUCTION=_REDUCTIONS[o.reduction],
         ENTROPY=o.divergence == "ce",
-        SHORT=launch.half_bits(student, teacher),
-        **shared,
-        **launch.heat(o.temperature, double),
+        WITH_KD=o.kd_weight != 0,
+        WITH_LABEL=o.label_weight != 0 and labels is not None,
         T_KIND=launch.heat_kind(o.temperature),
-        **launch.bits(
-            double,
-            kd_scale=o.temperature**2 if o.scale_t2 else 1.0,
-            kd_slope=o.kd_weight * (o.temperature if o.scale_t2 else 1 / o.temperature),
-        ),
+        SHORT=launch.half_bits(student, teacher),
         **permute.arguments(permutation, num_classes, programs * plan.rows, device, tables=not in_registers),
-        scratch=scratch,
         **plan.options(double=double),
         **launch.OPTIONS,
     )
-    if reduced and counter is None:
-        reduce_kernel[(1,)](programs=programs, num_warps=plan.warps, **shared, **launch.OPTIONS)
 
 
 def count(labels: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
 """Of every launch. Multiplications may fuse with additions: the exact differences have no multiplication in them."""
 
 _CAPTURED_CALLS = 4096
-"""Calls captured in CUDA graphs that can have a counter of their own; later ones reduce in a second launch."""
+"""Calls captured in CUDA graphs that can have a counter of their own; later ones set theirs to 0 in a launch of its own."""
 _COUNTER_STRIDE = 8
 """32 bytes, a sector of the L2 cache each."""
 
@@ -94,7 +94,8 @@ def heat(temperature: float, double: bool) -> dict[str, Any]:
 def heat_kind(temperature: float) -> int:
     """How `row_math.tempered` divides by T: its inverse is exact where T is a power of two."""
     exact = math.frexp(temperature)[0] == 0.5
-    return (UNIT if temperature == 1 else POWER_OF_TWO if exact else ANY).value
+    kind: int = (UNIT if temperature == 1 else POWER_OF_TWO if exact else ANY).value
+    return kind
 
 
 @cache
@@ -109,20 +110,26 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 166_912
 
 
-def counter(device: torch.device) -> Tensor | None:
-    """A 0 that the programs of one launch count up, and its last one sets back; None: reduce in a launch of its own.
+def counter(device: torch.device) -> Tensor:
+    """A 0 that the programs of one launch count up, and its last one sets back.
 
-    Launches on one stream follow one another and share a counter. A captured launch may run beside any other, so it has
-    one to itself, for as long as the process lives; there are none before the first launch outside a capture.
+    Launches on one stream follow one another and share a counter; PyTorch takes its streams from a pool and destroys none.
+    A captured launch may run beside any other, so it has a counter to itself for as long as the process lives (a graph's
+    own launches do not overlap: replays of one graph follow one another). These are 0 before any graph runs, as
+    `torch.cuda.graph` waits for the device before it captures. Where there are none left, or none yet, the graph sets one of
+    its own memory to 0, in a launch more. A counter's place is divisible by 16 everywhere, since a kernel compiled for other
+    places could not be loaded while a graph is captured.
     """
     if device.type != "cuda":
         return torch.zeros((), dtype=torch.int32, device=device)
+    index = device.index
     if torch.cuda.is_current_stream_capturing():
-        return next(_graph_counters[device.index][1], None) if device.index in _graph_counters else None
-    if device.index not in _graph_counters:
+        own = next(_graph_counters[index][1], None) if index in _graph_counters else None
+        return torch.zeros((), dtype=torch.int32, device=device) if own is None else own
+    if index not in _graph_counters:
         block = torch.zeros(_CAPTURED_CALLS, _COUNTER_STRIDE, dtype=torch.int32, device=device)
-        _graph_counters[device.index] = block, iter(block[:, 0].unbind())
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+        _graph_counters[index] = block, iter(block[:, 0].unbind())
+    key = (index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _stream_counters:
         _stream_counters[key] = torch.zeros((), dtype=torch.int32, device=device)
     return _stream_counters[key]

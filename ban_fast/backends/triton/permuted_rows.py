@@ -61,12 +61,14 @@ def write_permuted(
 ):  # fmt: skip
     """The permuted rows to out [ROWS, 1], pointers to scratch that these programs read again and again: it stays in the cache.
 
-    KD from there costs less than to permute as often as a row is read, and holds no index in a register.
+    KD from there costs less than to permute as often as a row is read, and holds no index in a register. A program reads
+    what it wrote itself: barriers, which order a program's own accesses to memory whatever threads make them, are enough,
+    one before writing (the row before may still be being read) and one after. The same goes for `prepare`'s tables.
     """
     num_classes = field[0]
     prepare(field, ROWS, PERMUTE, ROUNDS, TABLE, WALK)
     kept = kept_class(row, col_stride, readable, num_classes, ROWS, BLOCK, CONTIGUOUS)
-    tl.debug_barrier()  # the rows before these may still be being read
+    tl.debug_barrier()
     for start in range(0, num_classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)[None, :]
         inside = cols < num_classes

@@ -103,8 +103,17 @@ def settled(value, kept, sound):
 
 @triton.jit
 def is_last_program(counter):
-    """Whether every other program has stored its results: true in one program, for which they are visible then."""
-    tl.debug_barrier()  # the stores of this program's other threads come before its one atomic
+    """Whether every other program has stored its results: true in one program, for which they are visible then.
+
+    In the terms of PTX's memory model: a program's stores come before its barrier, and that before the addition, by one of
+    its threads, which releases them to the GPU (acq_rel, scope gpu: what the thread has observed by the barrier is released
+    with its own). Additions to one counter follow one another, each reading what the one before wrote, so the last one
+    acquires what all have released. Its answer reaches the other threads through a barrier again, and their loads
+    (`total_of`) come after that; they bypass the first-level cache, so that nothing rests on how that is emptied. The counter
+    is back at 0 before the kernel ends, which the next launch on its stream waits for; the partial sums' memory is given to
+    nobody else before, since PyTorch hands it out again in the order of that stream alone.
+    """
+    tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if last:
         tl.store(counter, 0)

@@ -232,9 +232,6 @@ def test_the_small_kernels_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None
 
         proven(capability, permutation, monkeypatch, f"dkpp_permutation {classes}")
         proven(capability, targets, monkeypatch, f"dkpp_targets {classes}")
-    with monkeypatch.context() as patch:
-        patch.setattr(launch, "counter", lambda _: None)
-        proven(90, lambda: distill("kd", 10, Ask()), monkeypatch, "a capture without a counter")
 
 
 def test_bf16_is_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from triton_truth import CWTM, FAR_ERROR, assert_close, found, logits, truth
 
-from ban_fast.backends.triton import config, launch
+from ban_fast.backends.triton import config
 
 SLOW = pytest.mark.slow
 SOURCES = ["teacher_max", "teacher_label", "given", "given, with a normalizer", "teacher_label, with a normalizer"]
@@ -108,16 +108,11 @@ def test_fp16_gradients_of_cwtm_are_stored_as_large_as_fits(device: torch.device
         assert_close(got, truth("cwtm", tensors, **options), gradient=2**-10)
 
 
-def test_the_sum_needs_no_counter(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_programs_of_cwtm_take_many_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "MAX_PROGRAMS", 3)
     for source in SOURCES:
         tensors, options = case(50, 10, source)
-        got = found("cwtm", tensors, device, **options)
-        assert_close(got, truth("cwtm", tensors, **options))
-        with monkeypatch.context() as patch:
-            patch.setattr(launch, "counter", lambda _: None)
-            again = found("cwtm", tensors, device, **options)
-        assert all(torch.equal(a, b) for a, b in zip(got[:4], again[:4], strict=True))
+        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options))
 
 
 def test_cwtm_of_empty_and_ignored_batches_and_forward_only(device: torch.device) -> None:

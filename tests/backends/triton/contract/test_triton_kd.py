@@ -3,7 +3,7 @@ import torch
 from triton_truth import FAR_ERROR, GRADIENT_ERROR, KD, LOSS_ERROR, assert_close, found, logits, truth
 
 from ban_fast.backends import triton
-from ban_fast.backends.triton import config, launch
+from ban_fast.backends.triton import config
 
 REGIMES = ["random", "near", "shifted", "sharper", "outlier", "far"]
 MORE = [2, 5, 7, 99, 100, 1000, 5000, 10240]
@@ -146,21 +146,14 @@ def test_a_large_batch_is_counted_first(device: torch.device) -> None:
     assert_close(found("kd", tensors, device, **options), truth("kd", tensors, **options))
 
 
-def test_few_programs_take_many_rows_and_the_sum_needs_no_counter(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_programs_take_many_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "MAX_PROGRAMS", 3)
     student, teacher = logits(50, 10, "random")
     labels = torch.where(torch.arange(50) % 4 == 0, -100, 3)
     for tensors in ((student, teacher, labels, None), (student, teacher, None, None)):
         for reduction in ("mean", "sum"):
             options = KD | {"label_weight": 0.5 if tensors[2] is not None else 0.0, "reduction": reduction}
-            got = found("kd", tensors, device, **options)
-            assert_close(got, truth("kd", tensors, **options))
-            with monkeypatch.context() as patch:
-                patch.setattr(launch, "counter", lambda _: None)
-                again = found("kd", tensors, device, **options)
-            assert all(torch.equal(a, b) for a, b in zip(got[:4], again[:4], strict=True))  # the same order of addition
+            assert_close(found("kd", tensors, device, **options), truth("kd", tensors, **options))
 
 
 def test_fp16_gradients_are_stored_as_large_as_fits(device: torch.device) -> None:

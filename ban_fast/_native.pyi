@@ -18,6 +18,10 @@ Stored = tuple[int, int, int, int, int, int, int]
 """Addresses of pixels, height, width, channels, addresses of ys and xs, columns: as csrc/images.h."""
 Shown = tuple[int, int, int, int, int, int, int]
 """Address, bytes of a word, images, strides in words of image, channel, row and column."""
+Pixels = tuple[int, int]
+"""Address, and the pitch from row to row in elements; channels have unit stride."""
+PixelsSize = tuple[int, int, int]
+"""Dtype code of the features, rows, channels."""
 Offence = tuple[int, int]
 """(0, 0), or which index is out of range (1: labels, 2: teacher_rows) and in which row."""
 
@@ -53,6 +57,24 @@ def dkpp_targets(
 def dkpp_permutation(argmax: int, rows: int, classes: int, permutation: Key, sources: int, threads: int) -> None: ...
 def scale_gradient(
     gradient: int, dtype: int, rows: int, classes: int, factors: int, factor_stride: int, scale: float, threads: int
+) -> None: ...
+def dense_activate(size: PixelsSize, x: Pixels, scale: int, shift: int, out: Pixels, threads: int) -> None: ...
+def dense_moments(size: PixelsSize, x: Pixels, mean: int, distances: int, threads: int) -> None: ...
+def dense_deposit(
+    size: PixelsSize,
+    grad: Pixels,
+    activation: Pixels,
+    x: Pixels,
+    scale: int,
+    mean: int,
+    into: Pixels,
+    dz_sum: int,
+    distance_sum: int,
+    add: bool,
+    threads: int,
+) -> None: ...
+def dense_correct(
+    size: PixelsSize, grad: Pixels, x: Pixels, mean: int, p: int, q: int, out: Pixels, threads: int
 ) -> None: ...
 def show_views(stored: Stored, rows: int, views: int, words: int, shown: Shown, threads: int) -> None: ...
 

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cpu/pool.h"
+#include "dense.h"
 #include "images.h"
 #include "losses.h"
 #ifdef BAN_FAST_WITH_CUDA
@@ -140,6 +141,63 @@ void show_views(const StoredArgs& from, Address rows, Address views, Address wor
   });
 }
 
+using SizeArgs = std::tuple<int, std::int64_t, std::int64_t>;  // dtype, rows, channels
+using PixelsArgs = std::tuple<Address, std::int64_t>;          // data, pitch
+
+ban_fast::dense::Size dense_size(const SizeArgs& args) {
+  const auto [dtype, rows, channels] = args;
+  return {ban_fast::DType(dtype), rows, channels};
+}
+
+template <class Data>
+ban_fast::dense::Pixels<Data> pixels(const PixelsArgs& args) {
+  return {at<Data>(std::get<0>(args)), std::get<1>(args)};
+}
+
+void dense_activate(const SizeArgs& of, const PixelsArgs& x, Address scale, Address shift, const PixelsArgs& out,
+                    int threads) {
+  const ban_fast::dense::Size size = dense_size(of);
+  const ban_fast::dense::Activate job{size, pixels<const void>(x), at<const void>(scale), at<const void>(shift),
+                                      pixels<void>(out)};
+  without_gil(size.rows * size.channels, [&] { ban_fast::dense::activate(job, threads); });
+}
+
+void dense_moments(const SizeArgs& of, const PixelsArgs& x, Address mean, Address distances, int threads) {
+  const ban_fast::dense::Size size = dense_size(of);
+  const ban_fast::dense::Moments job{size, pixels<const void>(x), at<void>(mean), at<void>(distances)};
+  without_gil(size.rows * size.channels, [&] { ban_fast::dense::moments(job, threads); });
+}
+
+void dense_deposit(const SizeArgs& of, const PixelsArgs& grad, const PixelsArgs& activation, const PixelsArgs& x,
+                   Address scale, Address mean, const PixelsArgs& into, Address dz_sum, Address distance_sum, bool add,
+                   int threads) {
+  const ban_fast::dense::Size size = dense_size(of);
+  const ban_fast::dense::Deposit job{size,
+                                     pixels<const void>(grad),
+                                     pixels<const void>(activation),
+                                     pixels<const void>(x),
+                                     at<const void>(scale),
+                                     at<const void>(mean),
+                                     pixels<void>(into),
+                                     at<void>(dz_sum),
+                                     at<void>(distance_sum),
+                                     add};
+  without_gil(size.rows * size.channels, [&] { ban_fast::dense::deposit(job, threads); });
+}
+
+void dense_correct(const SizeArgs& of, const PixelsArgs& grad, const PixelsArgs& x, Address mean, Address p, Address q,
+                   const PixelsArgs& out, int threads) {
+  const ban_fast::dense::Size size = dense_size(of);
+  const ban_fast::dense::Correct job{size,
+                                     pixels<const void>(grad),
+                                     pixels<const void>(x),
+                                     at<const void>(mean),
+                                     at<const void>(p),
+                                     at<const void>(q),
+                                     pixels<void>(out)};
+  without_gil(size.rows * size.channels, [&] { ban_fast::dense::correct(job, threads); });
+}
+
 // The block's bytes, for torch.frombuffer: its tensor keeps the object, and so the block, as long as any storage does.
 py::buffer_info bytes_of(ban_fast::PooledMemory& block) {
   return py::buffer_info(static_cast<std::uint8_t*>(block.data()), py::ssize_t(block.size()));
@@ -232,6 +290,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("dkpp_permutation", &dkpp_permutation);
   m.def("scale_gradient", &scale_gradient);
   m.def("show_views", &show_views);
+  m.def("dense_activate", &dense_activate);
+  m.def("dense_moments", &dense_moments);
+  m.def("dense_deposit", &dense_deposit);
+  m.def("dense_correct", &dense_correct);
   py::class_<ban_fast::PooledMemory>(m, "PooledMemory", py::buffer_protocol(), py::module_local(),
                                      "Memory of the pool for gradients, with the buffer protocol; its size in bytes.")
       .def(py::init<std::size_t>())

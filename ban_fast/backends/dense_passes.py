@@ -1,11 +1,19 @@
-"""The four passes over memory that a dense block is made of, beside its convolutions, in eager torch.
+"""The four passes over memory that a dense block is made of, beside its convolutions.
 
 Rows are pixels: x is [R, C] with any pitch, so the first channels of a wider channels-last buffer cost no copy.
 "acc" is fp64 for fp64 features and fp32 for all others; vectors over channels are acc. Nothing syncs a GPU's host.
+
+On a CPU they are native code where that was built, and eager torch elsewhere: equal to rounding.
 """
+
+import functools
+import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from ban_fast.backends import dense_eager
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,22 +23,17 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:  # [R, C], [C], [C], [R, C]
     """out = relu(x * scale + shift) in acc, rounded once: batch norm and ReLU."""
-    if x.dtype == scale.dtype:
-        torch.addcmul(shift, x, scale, out=out).relu_()
-    else:
-        out.copy_(torch.addcmul(shift, x.to(scale.dtype), scale).relu_())
+    _passes(x).activate(x, scale, shift, out)
 
 
 def moments(x: Tensor, out: Tensor) -> None:  # [R, C], [2, C]
-    """out = mean over rows, and sum of squared distances from it: taken from the mean, so that nothing cancels."""
-    acc = x.to(out.dtype)
-    torch.mean(acc, 0, out=out[0])
-    torch.sum((acc - out[0]).square_(), 0, out=out[1])
+    """out = mean over rows, and sum of squared distances from it: of values near the mean, so that nothing cancels."""
+    _passes(x).moments(x, out)
 
 
 def deposit(
-    grad: Tensor,  # [R, C] in x's dtype: d loss / d activation; overwritten
-    activation: Tensor,  # [R, C]: what `activate` makes of x; overwritten
+    grad: Tensor,  # [R, C] in x's dtype: d loss / d activation; may be overwritten
+    activation: Tensor,  # [R, C]: what `activate` makes of x; may be overwritten
     x: Tensor,  # [R, C]
     scale: Tensor,  # [C]
     mean: Tensor,  # [C]
@@ -40,18 +43,22 @@ def deposit(
     add: bool,
 ) -> None:
     """With dz = grad where ReLU let x through: into = dz * scale, or += it; sums += (sum dz, sum dz * (x - mean))."""
-    torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=grad)
-    dz = grad.to(scale.dtype)
-    distance = torch.sub(x, mean, out=activation) if x.dtype == mean.dtype else x - mean
-    sums[0] += dz.sum(0)
-    sums[1] += distance.mul_(dz).sum(0)
-    if add:
-        into.addcmul_(dz, scale)
-    else:
-        torch.mul(dz, scale, out=into)
+    _passes(x).deposit(grad, activation, x, scale, mean, into, sums, add=add)
 
 
 def correct(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, out: Tensor) -> None:
     """out = grad - p - (x - mean) * q, all [R, C] or [C]: what every batch norm of x takes from its gradient."""
-    distance = torch.sub(x, mean, out=out) if x.dtype == mean.dtype else x - mean
-    out.copy_(torch.addcmul(grad, distance, q, value=-1, out=distance).sub_(p))
+    _passes(x).correct(grad, x, mean, p, q, out)
+
+
+def _passes(x: Tensor) -> ModuleType:
+    native = _native() if x.device.type == "cpu" else None
+    return native or dense_eager
+
+
+@functools.cache
+def _native() -> ModuleType | None:
+    try:
+        return importlib.import_module("ban_fast.backends.dense_native")
+    except ImportError:
+        return None

@@ -187,6 +187,9 @@ template <bool kTail, class To>
 BAN_FAST_HD void write_some(To* to, Vec<WordOf<To>> x, std::int64_t left) {
   if constexpr (sizeof(To) == 2) {
     const HalfWords words = narrow(x, To{});
+#if defined(__AVX512F__)
+    if constexpr (kTail) return _mm256_mask_storeu_epi16(to, __mmask16(0xffffu >> (16 - left)), (__m256i)words);
+#endif
     std::memcpy(to, &words, kTail ? std::size_t(left) * sizeof(To) : sizeof words);
   } else if constexpr (kTail) {
     store_first(to, x, int(left));
@@ -214,6 +217,12 @@ template <bool kTail, class To>
 BAN_FAST_HD Vec<WordOf<To>> read_some(const To* from, std::int64_t left) {
   if constexpr (sizeof(To) == 2) {
     HalfWords words{};
+#if defined(__AVX512F__)
+    if constexpr (kTail) {
+      words = (HalfWords)_mm256_maskz_loadu_epi16(__mmask16(0xffffu >> (16 - left)), from);
+      return widen(words, To{});
+    }
+#endif
     std::memcpy(&words, from, kTail ? std::size_t(left) * sizeof(To) : sizeof words);
     return widen(words, To{});
   } else {

@@ -3,6 +3,7 @@
 
 #include "../elementary.h"
 #include "../losses.h"
+#include "dense_rows.h"
 
 namespace ban_fast {
 
@@ -76,6 +77,7 @@ struct RowKernels {
   void (*targets)(const TargetsJob& job, std::int64_t begin, std::int64_t end);
   void (*permutation)(const PermutationJob& job, std::int64_t begin, std::int64_t end);
   void (*scale)(const ScaleJob& job, std::int64_t begin, std::int64_t end);
+  DenseRowKernels dense;
 };
 
 namespace baseline {

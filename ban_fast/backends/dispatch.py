@@ -15,9 +15,8 @@ from ban_fast.errors import suggest
 BACKENDS = ("reference", "native", "triton")
 NAMES = ("auto", *BACKENDS)
 
-# Where nothing has been measured, and where what the table names is not there: the first that is. Triton's kernels are
-# proven in its interpreter and compiled ahead of time for sm_80 and sm_90; of native's on a GPU no row has been computed
-# anywhere but on CPUs, by the formulas that the two share.
+# Where nothing has been measured, and where what the table names is not there: the first that is. Of the kernels for
+# GPUs Triton's are proven in its interpreter and native's in the tests' emulator; Triton's suit any device.
 PRIOR = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 

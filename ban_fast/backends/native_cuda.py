@@ -3,12 +3,14 @@
 The functions of `interface.Backend`. Nothing waits for the device, and all of it can be captured in a CUDA graph.
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+from ban_fast.backends.lasting import lasting
 from ban_fast.backends.native import (
     _DTYPE,
     _NO_MATRIX,
@@ -24,7 +26,7 @@ from ban_fast.backends.native import (
 
 from ban_fast import _native  # isort: skip  # After native, whose ImportError says what to do.
 
-_CAPTURED_CALLS = 4096
+_CAPTURED_CALLS = 1 << 15
 """Calls captured in CUDA graphs that can have a counter of the device's block; a later one's graph zeroes its own."""
 
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -40,9 +42,13 @@ def problem() -> str | None:
         return "ban_fast._native was built without CUDA: install where nvcc is on the PATH"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"the device has compute capability {capability[0]}.{capability[1]}, and 8.0 is the least"
+    if built["devices"] == 0:
+        return f"the CUDA runtime linked in, {built['runtime_version']}, finds no device: the driver is older"
+    least = min(int(digits) for digits in re.findall(r"\d+", built["architectures"]))
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor < max(80, least):
+            return f"cuda:{index} has compute capability {major}.{minor}; built for {built['architectures']}"
     return None
 
 
@@ -276,9 +282,10 @@ def _workspace(device: torch.device, place: tuple[int, int]) -> tuple[Tensor, Te
         return _scratch(device), _zero(device) if counter is None else counter
     if place not in _workspaces:
         if index not in _counters:
-            block = torch.zeros(_CAPTURED_CALLS, dtype=torch.int32, device=device)
-            _counters[index] = iter(block.unbind())
-        _workspaces[place] = _scratch(device), _zero(device)
+            block = lasting(lambda: torch.zeros(_CAPTURED_CALLS, dtype=torch.int32, device=device), device)
+            _counters[index] = (block[i] for i in range(_CAPTURED_CALLS))
+        scratch, counter = lasting(lambda: _scratch(device), device), lasting(lambda: _zero(device), device)
+        _workspaces[place] = scratch, counter
     return _workspaces[place]
 
 
@@ -291,4 +298,7 @@ def _zero(device: torch.device) -> Tensor:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

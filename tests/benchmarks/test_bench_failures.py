@@ -199,6 +199,7 @@ def test_a_run_in_which_all_goes_well(gpu: Any, monkeypatch: pytest.MonkeyPatch)
     assert {each["name"]: each["passed"] for each in results["checks"]} == {
         "build": True,
         "GPU tests": True,
+        "GPU tests of Triton": True,
         "memcheck": True,
         "racecheck": True,
     }
@@ -228,7 +229,7 @@ def test_a_run_in_which_everything_fails(gpu: Any, monkeypatch: pytest.MonkeyPat
 
     status, results, page = gpu(commands, cases)
     assert status == 1
-    assert [each["passed"] for each in results["checks"]] == [False] * 5
+    assert [each["passed"] for each in results["checks"]] == [False] * 6
     for line in (
         "- GPU tests: failed, status 1",
         "- memcheck: not done within 60 s (....F.. [ 34%])",

@@ -124,6 +124,19 @@ def test_a_graph_zeroes_its_counter_where_the_devices_are_spent(
         assert torch.equal(output.loss, wanted)
 
 
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_compiled_graphs_leave_what_lasts_alone(device: torch.device, backend: str) -> None:
+    """mode="reduce-overhead" warms up on a stream and in a memory pool of its own, and checks what is left there."""
+    student, teacher = (x[:5].to(device) for x in logits(100, "random"))
+    student.requires_grad_()
+    compiled = torch.compile(lambda s, t: kd_loss(s, t, backend=backend), mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        wanted = kd_loss(student, teacher, backend=backend)
+        loss = compiled(student, teacher)
+        assert torch.equal(loss, wanted)
+        assert torch.equal(*(torch.autograd.grad(each, student)[0] for each in (loss, wanted)))
+
+
 def test_streams_do_not_share_what_they_count_with(device: torch.device) -> None:
     inputs = {classes: [x[:5].to(device) for x in logits(classes, "random")] for classes in (100, 700)}
     wanted = {classes: native_cuda.kd(*pair, None, None, **KD).loss for classes, pair in inputs.items()}

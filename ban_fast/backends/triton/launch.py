@@ -12,19 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ban_fast.backends.interface import LossOutput
+from ban_fast.backends.lasting import lasting
 from ban_fast.backends.triton.row_math import ANY, LOG2_E, POWER_OF_TWO, UNIT
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
 """Of every launch. Multiplications may fuse with additions: the exact differences have no multiplication in them."""
 
-_CAPTURED_CALLS = 4096
+_CAPTURED_CALLS = 1 << 15
 """Calls captured in CUDA graphs that can have a counter of their own; later ones set theirs to 0 in a launch of its own."""
 _COUNTER_STRIDE = 8
 """32 bytes, a sector of the L2 cache each."""
 
 _stream_counters: dict[tuple[int | None, int], Tensor] = {}
-_graph_counters: dict[int | None, tuple[Tensor, Iterator[Tensor]]] = {}
-"""A device's block of counters, held for good, and the ones that no captured call has."""
+_spare_counters: dict[int | None, Iterator[Tensor]] = {}
+"""A device's counters that no stream and no captured call has: of one block, held for good."""
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -124,12 +125,16 @@ def counter(device: torch.device) -> Tensor:
         return torch.zeros((), dtype=torch.int32, device=device)
     index = device.index
     if torch.cuda.is_current_stream_capturing():
-        own = next(_graph_counters[index][1], None) if index in _graph_counters else None
+        own = next(_spare_counters[index], None) if index in _spare_counters else None
         return torch.zeros((), dtype=torch.int32, device=device) if own is None else own
-    if index not in _graph_counters:
-        block = torch.zeros(_CAPTURED_CALLS, _COUNTER_STRIDE, dtype=torch.int32, device=device)
-        _graph_counters[index] = block, iter(block[:, 0].unbind())
+    if index not in _spare_counters:
+        shape = (_CAPTURED_CALLS, _COUNTER_STRIDE)
+        block = lasting(lambda: torch.zeros(shape, dtype=torch.int32, device=device), device)
+        _spare_counters[index] = (block[i, 0] for i in range(_CAPTURED_CALLS))
     key = (index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _stream_counters:
-        _stream_counters[key] = torch.zeros((), dtype=torch.int32, device=device)
+        own = next(_spare_counters[index], None)
+        if own is None:
+            own = lasting(lambda: torch.zeros((), dtype=torch.int32, device=device), device)
+        _stream_counters[key] = own
     return _stream_counters[key]

@@ -42,7 +42,7 @@ def weighted_cross_entropy(
     with launch.on(student.device):
         plan = config.cross_entropy_plan(
             student.shape[1],
-            aligned=launch.alignment(student.shape[1], student) >= 4,
+            aligned=launch.contiguous(student) and launch.alignment(student.shape[1], student) >= 4,
             double=student.dtype == torch.float64,
         )
         if confidence is not None:

@@ -59,9 +59,9 @@ def _launch(
     labels = launch.dense(labels)
     num_rows, num_classes = student.shape
     torch_acc, acc = launch.arithmetic(student)
-    align = launch.alignment(num_classes, student, teacher)
-    double = torch_acc == torch.float64
-    plan = config.distill_plan(num_classes, aligned=align >= 4, double=double, permuted=permutation is not None)
+    align, contiguous = launch.alignment(num_classes, student, teacher), launch.contiguous(student, teacher)
+    aligned, double = contiguous and align >= 4, torch_acc == torch.float64
+    plan = config.distill_plan(num_classes, aligned=aligned, double=double, permuted=permutation is not None)
     programs = plan.programs(num_rows, launch.multiprocessors(device))
     in_registers = permutation is None or num_classes <= config.RANKED_BELOW
     shape = (programs * plan.rows, num_classes)
@@ -112,7 +112,7 @@ def _launch(
         STAGES=plan.stages,
         TOTAL_BLOCK=plan.total_block,
         ALIGN=align,
-        CONTIGUOUS=launch.contiguous(student, teacher),
+        CONTIGUOUS=contiguous,
         REDUCTION=_REDUCTIONS[o.reduction],
         ENTROPY=o.divergence == "ce",
         WITH_KD=o.kd_weight != 0,

@@ -192,22 +192,25 @@ BAN_FAST_HD Peak<T> row_peak(const T* row, std::int64_t classes) {
 
 // ---- The label term --------------------------------------------------------------------------------------------
 
-// exp(z - m), m = max z, of a row into `exp`, but minus the sum of the others at the label: times 1 / total it is d CE
-// / dz.
-struct LabelRow {
-  double loss, total;
+template <class T>
+struct LabelSums {
+  double others;  // of exp(z - reference), without the label's
+  T largest;
 };
 
-template <class T>
-BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Upcoming upcoming, T* exp) {
+// Fills the row's exp, at the label with minus the sum of the others. kKnown: the reference is the largest.
+template <bool kKnown, class T>
+BAN_FAST_HD LabelSums<T> label_sums(const T* z, std::int64_t classes, std::int64_t label, T reference,
+                                    const Upcoming upcoming, T* exp) {
   constexpr std::int64_t lanes = Vec<T>::lanes;
   constexpr UnitTemperature<T> one;
-  const T largest = row_maximum(z, classes);
   LaneSum<T> rest;
+  Vec<T> largest(-kInfinity<T>);
   const auto body = [&](std::int64_t i, std::int64_t count, auto whole) BAN_FAST_LAMBDA {
     const Vec<T> x = load_some<!whole>(z + i, count, -kInfinity<T>);
     upcoming.prefetch(i);
-    Vec<T> e = exp_quotient(x - Vec<T>(largest), one);
+    if constexpr (!kKnown) largest = larger(largest, x);
+    Vec<T> e = exp_quotient(x - Vec<T>(reference), one);
     if constexpr (!whole) {
       const auto counted = first_lanes<T>(count) & ~(lane_numbers<IntOf<T>>() == Vec<IntOf<T>>(IntOf<T>(label - i)));
       e = select(counted, e, Vec<T>(T(0)));
@@ -226,11 +229,35 @@ BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t la
   sweep(0, before);
   body(before, after - before, std::false_type{});
   sweep(after, classes);
-  const T gap = largest - z[label];
-  const double exp_label = double(exp_quotient(-gap, one));
   const double others = rest.value();
   exp[label] = T(-others);
-  return {label_loss(others, exp_label, double(gap)), others + exp_label};
+  return {others, kKnown ? reference : largest_lane(largest)};
+}
+
+// exp(z - m) of a row into `exp`, but minus the sum of the others at the label: times 1 / total it is d CE / dz.
+struct LabelRow {
+  double loss, total;
+};
+
+// m is the largest of the row's beginning: the row is then read once. Where a later one is far larger, m is that.
+template <class T>
+BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Upcoming upcoming, T* exp) {
+  constexpr std::int64_t kBeginning = kBlockVectors * Vec<T>::lanes;
+  constexpr T kFar = T(20);  // exp(20) times a row's length is within fp32
+  constexpr UnitTemperature<T> one;
+  const bool is_short = classes <= kBeginning;
+  const T first = row_maximum(z, is_short ? classes : kBeginning);
+  LabelSums<T> sums = is_short ? label_sums<true>(z, classes, label, first, upcoming, exp)
+                               : label_sums<false>(z, classes, label, first, upcoming, exp);
+  double scale = 1.0;  // to exp(z - largest)
+  if (!(sums.largest - first <= kFar)) {
+    sums = label_sums<true>(z, classes, label, sums.largest, upcoming, exp);
+  } else if (first < sums.largest) {
+    scale = double(exp_quotient(first - sums.largest, one));
+  }
+  const T gap = sums.largest - z[label];
+  const double others = sums.others * scale, exp_label = double(exp_quotient(-gap, one));
+  return {label_loss(others, exp_label, double(gap)), (others + exp_label) / scale};
 }
 
 // ---- Writing a gradient ----------------------------------------------------------------------------------------

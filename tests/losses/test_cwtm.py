@@ -231,3 +231,22 @@ def test_an_infinite_term_without_weight_is_left_out(backend: str) -> None:
         loss, cwtm_loss(student[kept], None, labels[kept], confidence=confidence[kept], backend=backend)
     )
     assert not truth.gradient(loss, student)[1].any()
+
+
+@pytest.mark.parametrize("jump", [-float("inf"), 3.0, 19.0, 21.0, 100.0])
+def test_rows_whose_beginning_says_little_of_them(backend: str, jump: float) -> None:
+    """Long rows are read once, relative to the largest of their first 256 classes: here a later one is larger."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = torch.randn(2, 6, 1003, dtype=dtype)
+        for logits in (student, teacher):
+            if jump < 0:
+                logits[:, :300] = jump
+            else:
+                logits[:, 700] += jump
+        labels = torch.tensor([700, 700, 999, 320, 1002, 500])
+        student.requires_grad_()
+        loss = cwtm_loss(student, teacher, labels, backend=backend)
+        expected = truth.cwtm(student, teacher, labels)
+        assert truth.relative_error(loss, expected) < 1e-6
+        assert truth.relative_error(truth.gradient(loss, student), truth.gradient(expected, student)) < 2e-6

@@ -19,6 +19,7 @@ import os
 import shutil
 import struct
 import zlib
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -249,6 +250,27 @@ class FileRows:
         os.ftruncate(self._rows.fileno(), capacity * self._row_bytes)
         mapped = np.memmap(self.path / ROWS, np.uint8, "r+", shape=(capacity * self._row_bytes,))
         self._mapped = torch.from_numpy(mapped).view(self._dtype).view(capacity, self._width)
+
+
+def descriptions(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The directories of the caches below `parent` whose description can be read, and what it says."""
+    for file in sorted(parent.glob(f"*/{DESCRIPTION}")):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if isinstance(found := json.loads(file.read_text(encoding="utf-8")), dict):
+                yield file.parent, found
+
+
+def count_rows(path: Path) -> int:
+    """Rows that the records in a cache's directory speak of. Unchecked, and while another process may add to them."""
+    count = 0
+    with contextlib.suppress(OSError), open(path / INDEX, "rb") as index:
+        size = os.fstat(index.fileno()).st_size
+        while len(head := index.read(_HEAD.size)) == _HEAD.size:
+            here = _HEAD.unpack(head)[2]
+            if index.seek(here * _KEY_BYTES, os.SEEK_CUR) > size:
+                break
+            count += here
+    return count
 
 
 def _bytes(tensor: Tensor) -> memoryview:

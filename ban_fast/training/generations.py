@@ -24,7 +24,7 @@ from .run_store import RunStore
 from .seeds import derived_seed, generation_seed, isolated
 from .task import CUSTOM, ModelFactory, Samples, Task, build, make_task, network_factory, training_device, with_own
 from .teacher import Teacher, fingerprint
-from .teacher_choice import FOLDER, check_cache, choose_teacher
+from .teacher_choice import FOLDER, check_cache, choose_teacher, remove_own
 
 
 def run(
@@ -69,7 +69,7 @@ def run(
         device = training_device(config.device)
         stack.enter_context(prepared(device))
         task = make_task(config, device, model=model, train=train, test=test, validation=validation)
-        check_cache(config, task, None if store is None else store.path)
+        check_cache(config, task, None if store is None else store.path / FOLDER, resume)
         if config.compile:
             check_compiler(device)
         if store is not None:
@@ -137,6 +137,8 @@ def _grow_generation(
         Loop(learners, observer, should_stop).run()
         for teacher in teachers.values():
             teacher.dismiss()
+        if home is not None:
+            remove_own(config, home / FOLDER)
         for lineage, learner in zip(lineages, learners, strict=True):
             lineage.conclude(learner)
 
@@ -160,7 +162,8 @@ def _teachers(
         objectives = [lineage.config.objective.name for lineage in several]
         cache_home = None if home is None else home / FOLDER
         network = several[0].network(number - 1)
-        teacher, said = choose_teacher(network, config, task, objectives, cache_home, _owner(home, config))
+        before = next(filter(None, (lineage.teacher_before(number) for lineage in several)), None)
+        teacher, said = choose_teacher(network, config, task, objectives, cache_home, _owner(home, config), before)
         stack.callback(teacher.close)
         if said is not None:
             whose = f"of {' and '.join(objectives)}, " if len(pupils) > 1 else ""

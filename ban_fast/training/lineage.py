@@ -43,6 +43,13 @@ class Lineage:
         """Generations that are in results.json: they are never trained again."""
         return len(self.results["generations"])
 
+    def teacher_before(self, number: int) -> str | None:
+        """The mode that "auto" chose for a generation's teacher, if the generation has a checkpoint."""
+        if self.store is None or self.config.teacher.mode != "auto":
+            return None
+        state = self.store.generation(number).load_state()
+        return None if state is None or state["teacher"] is None else state["teacher"].get("mode")
+
     def learner(self, number: int, loader: Loader, teacher: Teacher | None, together: bool) -> Learner:
         """Generation `number`, from fresh weights or where its checkpoint left it."""
         seed = generation_seed(self.config.seed, number)

@@ -117,7 +117,7 @@ class LiveTeacher(Frozen):
 
     def state(self) -> dict[str, Any]:
         """Which teacher it is."""
-        return {"fingerprint": self.fingerprint, "dtype": self._dtype}
+        return {"mode": "live", "fingerprint": self.fingerprint, "dtype": self._dtype}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a `state`. UserError if it was another teacher's."""

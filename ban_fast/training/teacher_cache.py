@@ -109,7 +109,7 @@ class CachedTeacher(Frozen):
 
     def state(self) -> dict[str, Any]:
         """Which teacher it is, and how often it was asked."""
-        return {"fingerprint": self.fingerprint, "forward_images": self.forward_images}
+        return {"mode": "cache", "fingerprint": self.fingerprint, "forward_images": self.forward_images}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a `state`. UserError if it was another teacher's."""

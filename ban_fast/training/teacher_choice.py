@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import OptionError
-from .cache_store import FileRows, MemoryRows
+from .cache_store import FileRows, MemoryRows, count_rows, descriptions
 from .compiled import compiled
 from .environment import device_name
 from .learner import autocast, total_steps
@@ -68,7 +69,7 @@ class Fill:
         return f"{self.epochs:.4g} epochs show {of} of an image: {saved:.0%} fewer forward passes than live"
 
 
-def check_cache(config: Config, task: Task, home: Path | None) -> None:
+def check_cache(config: Config, task: Task, home: Path | None, resume: bool = False) -> None:
     """OptionError, before anything is trained or written, where the cache that `config` asks for can't be."""
     if config.teacher.mode == "cache" and task.views is None:
         raise OptionError(
@@ -84,36 +85,79 @@ def check_cache(config: Config, task: Task, home: Path | None) -> None:
             raise OptionError("teacher.cache_directory", f"{there} is not a directory")
         if not os.access(there, os.W_OK):
             raise OptionError("teacher.cache_directory", f"cannot write {there}: choose another place")
-    if config.teacher.mode == "cache" and (problem := _too_large(config, task, home, task.shape["classes"])):
-        raise OptionError("teacher.mode", f"{problem}; use --cache-dtype fp16, another --cache-dir, or live")
+    only_confidence = _only_confidence(config, config.students or [config.objective.name])
+    if config.teacher.mode == "cache" and (problem := _too_large(config, task, home, only_confidence)):
+        remedy = (
+            "free some, or use another --cache-dir"
+            if resume
+            else "use --cache-dtype fp16, another --cache-dir, or live"
+        )
+        raise OptionError("teacher.mode", f"{problem}; {remedy}")
 
 
 def choose_teacher(
-    network: nn.Module, config: Config, task: Task, objectives: Sequence[str], home: Path | None, owner: bytes
+    network: nn.Module,
+    config: Config,
+    task: Task,
+    objectives: Sequence[str],
+    home: Path | None,
+    owner: bytes,
+    before: str | None = None,
 ) -> tuple[Teacher, str | None]:
     """The teacher that a finished network becomes for students of these objectives, and what to say of the choice.
 
     `home` is where caches lie unless the configuration names a place (None: in memory); `owner`, 8 bytes, tells this
-    run's rows from others'. UserError where a cache is damaged beyond use, another teacher's, or in use.
+    run's rows from others'. `before` is the mode that was chosen for these students in an earlier session: "auto"
+    keeps it, as rounded rows in place of a live teacher, or the other way round, would be other bits.
+    UserError where a cache is damaged beyond use, another teacher's, or in use.
     """
     forward: Callable[[Tensor], Tensor] | None = compiled(network) if config.compile else None
-    mode = config.teacher.mode
-    if mode == "live":
+    if config.teacher.mode == "live":
         return LiveTeacher(network, forward), None
-    reason = "what a DataLoader serves can't be told apart" if task.views is None else None
-    if reason is None and mode == "auto":
-        reason = _too_large(config, task, home, task.shape["classes"])
     frozen = Frozen(network, forward)
-    dtype, same_bits = (None, False) if reason else _probe(frozen, config, task)
-    if dtype == torch.float64 and config.teacher.cache_dtype == "fp32":
-        if mode == "cache":
-            raise OptionError("teacher.mode", "this teacher's logits are float64, which fp32 rounds; use live")
-        reason = "its logits are float64, which fp32 rounds"
-    if reason is None and mode == "auto" and config.teacher.cache_dtype == "fp32" and not same_bits:
-        reason = "its logits depend on the other images of a batch, so that kept ones would not be the same"
+    reason, same_bits = _reason_for_live(frozen, config, task, home, before)
     if reason is not None:
         return LiveTeacher(network, forward), f"live: {reason}"
     return _cached(frozen, forward, config, task, objectives, home, owner, same_bits)
+
+
+def _reason_for_live(
+    frozen: Frozen, config: Config, task: Task, home: Path | None, before: str | None
+) -> tuple[str | None, bool]:
+    """Why a teacher that may be cached is not, if so; whether kept logits would be the live ones to the bit."""
+    is_auto, is_exact = config.teacher.mode == "auto", config.teacher.cache_dtype == "fp32"
+    if task.views is None:
+        return "what a DataLoader serves can't be told apart", False
+    if is_auto and before == "live":
+        return "as this generation began", False
+    is_free = is_auto and (is_exact or before is None)
+    if is_free and (reason := _too_large(config, task, home, False, frozen.fingerprint)):
+        return reason, False
+    dtype, same_bits = _probe(frozen, config, task)
+    if dtype == torch.float64 and is_exact:
+        if not is_auto:
+            raise OptionError("teacher.mode", "this teacher's logits are float64, which fp32 rounds; use live")
+        return "its logits are float64, which fp32 rounds", same_bits
+    if is_auto and is_exact and not same_bits:
+        return "its logits depend on the other images of a batch, so that kept ones would not be the same", same_bits
+    # A place that is named is there for other runs too.
+    if is_auto and before is None and config.teacher.cache_directory is None:
+        fill = Fill.expected(config, task)
+        if (saved := fill.saved(0, 1)) < _WORTH:
+            return fill.sentence(saved), same_bits
+    return None, same_bits
+
+
+def remove_own(config: Config, home: Path) -> None:
+    """Delete a run's own caches, of earlier sessions too: its teacher may be live by now, or kept elsewhere."""
+    named = config.teacher.cache_directory
+    if named is None or not Path(named).resolve().is_relative_to(home.resolve()):
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _only_confidence(config: Config, objectives: Sequence[str]) -> bool:
+    """Whether all that students need is CWTM's number. Kernels know it to more digits than fp32: never unasked."""
+    return config.teacher.mode == "cache" and set(objectives) == {"cwtm"}
 
 
 def _cached(
@@ -126,18 +170,12 @@ def _cached(
     owner: bytes,
     same_bits: bool,
 ) -> tuple[Teacher, str]:
-    """The cached teacher, or for "auto" the live one where it saves too little."""
+    """The cached teacher, and what to say of it."""
     views = task.views
     assert views is not None
     fill = Fill.expected(config, task)
-    named, mode = config.teacher.cache_directory is not None, config.teacher.mode
-    worth = 0.0 if named else _WORTH  # a place that is named is there for other runs too
-    if mode == "auto" and not named and (saved := fill.saved(0, 1)) < worth:
-        return LiveTeacher(frozen.network, forward), f"live: {fill.sentence(saved)}"
-    # Only what is exact is picked unasked: kernels know confidences to more digits than fp32 has.
-    by_confidence = mode == "cache" and "cwtm" in objectives
-    only_confidence = by_confidence and set(objectives) == {"cwtm"}
-    rows, only_confidence = _rows(frozen, config, task, only_confidence, home, owner)
+    by_confidence = config.teacher.mode == "cache" and "cwtm" in objectives
+    rows, only_confidence = _rows(frozen, config, task, _only_confidence(config, objectives), home, owner)
     saved = fill.saved(rows.count, views.samples * views.each)
     row_bytes = rows.table.shape[1] * rows.table.element_size()
     on_device = task.device.type == "cuda" and fill.rows * row_bytes <= _SHARE * torch.cuda.mem_get_info(task.device)[0]
@@ -152,7 +190,7 @@ def _cached(
         only_confidence=only_confidence,
         with_confidence=by_confidence and not only_confidence,
         on_device=on_device,
-        is_own=not named,
+        is_own=config.teacher.cache_directory is None,
     )
     what = "confidences" if only_confidence else "logits"
     place = str(rows.path.parent) if isinstance(rows, FileRows) else "memory"
@@ -173,12 +211,12 @@ def _rows(
 ) -> tuple[MemoryRows | FileRows, bool]:
     """Where the rows go, and whether they are confidences alone: not if the logits are there already."""
     dtype = _DTYPES[config.teacher.cache_dtype]
-    parent = home if config.teacher.cache_directory is None else Path(config.teacher.cache_directory)
+    parent = _place(config, home)
     classes = task.shape["classes"]
     if parent is None:
         if only_confidence:
             dtype, classes = torch.float32, 1
-        fits = task.device.type == "cuda" and _too_large(config, task, None, classes, task.device) is None
+        fits = task.device.type == "cuda" and _too_large(config, task, None, only_confidence, None, task.device) is None
         return MemoryRows(classes, dtype, task.device if fits else torch.device("cpu")), only_confidence
     logits = _description(frozen, config, task, "logits", dtype)
     if only_confidence and not (parent / _name(logits)).exists():
@@ -187,19 +225,31 @@ def _rows(
     return FileRows(parent / _name(logits), logits, classes, dtype, owner), False
 
 
+def _place(config: Config, home: Path | None) -> Path | None:
+    """The directory that caches lie in; None: memory."""
+    return home if config.teacher.cache_directory is None else Path(config.teacher.cache_directory)
+
+
 def _description(frozen: Frozen, config: Config, task: Task, outputs: str, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that the bits of a row depend on."""
-    views = task.views
-    assert views is not None
-    precision = f"amp {config.amp}, {'compiled' if config.compile else 'eager'}, batches of "
-    precision += f"{_forward_batch(config, task)}{', channels last' if config.channels_last else ''}"
+    assert task.views is not None
     return {
         "format": _FORMAT,
         "teacher": frozen.fingerprint,
-        "dataset": views.fingerprint(),
-        "augmentation": views.description,
+        "dataset": task.views.fingerprint(),
+        **_manner(config, task),
         "outputs": outputs,
         "dtype": dtype_name(dtype),
+    }
+
+
+def _manner(config: Config, task: Task) -> dict[str, Any]:
+    """What is known of a description before there is a teacher, and without reading the images."""
+    assert task.views is not None
+    precision = f"amp {config.amp}, {'compiled' if config.compile else 'eager'}, batches of "
+    precision += f"{_forward_batch(config, task)}{', channels last' if config.channels_last else ''}"
+    return {
+        "augmentation": task.views.description,
         "precision": precision,
         "machine": f"{device_name(task.device)}, torch {torch.__version__}",
     }
@@ -224,23 +274,51 @@ def _forward_batch(config: Config, task: Task) -> int:
 
 
 def _too_large(
-    config: Config, task: Task, home: Path | None, width: int, device: torch.device | None = None
+    config: Config,
+    task: Task,
+    home: Path | None,
+    only_confidence: bool,
+    teacher: str | None = None,
+    device: torch.device | None = None,
 ) -> str | None:
-    """Why the rows would not fit, if they would not: on the disk, or in memory where there is no directory."""
+    """Why rows that are missing would not fit, if so: on the disk, or in memory where there is no directory.
+
+    `teacher`: its fingerprint; None before there is one, when any cache made in the same manner may turn out to be its.
+    """
     if task.views is None:
         return None
-    needed = Fill.expected(config, task).rows * width * _DTYPES[config.teacher.cache_dtype].itemsize
-    parent = home if config.teacher.cache_directory is None else Path(config.teacher.cache_directory)
+    row_bytes = 4 if only_confidence else task.shape["classes"] * _DTYPES[config.teacher.cache_dtype].itemsize
+    count, parent = Fill.expected(config, task).rows, _place(config, home)
     if device is not None:
         free, where = float(torch.cuda.mem_get_info(device)[0]), "on the device"
     elif parent is not None:
         there = next(p for p in [parent.absolute(), *parent.absolute().parents] if p.exists())
         free, where = shutil.disk_usage(there).free, f"in {parent}"
+        if known := _rows_there(parent, config, task, only_confidence, teacher):
+            # What is expected is a mean, of draws that spread by less than sqrt(count) / 2: four times that is all.
+            count = max(count - known - 2 * math.isqrt(count), 0)
     else:
         free, where = _free_memory(), "in memory"
+    needed = count * row_bytes
     if needed <= _SHARE * free:
         return None
     return f"a cache of its outputs needs about {_size(needed)}, and {_size(free)} are free {where}"
+
+
+def _rows_there(parent: Path, config: Config, task: Task, only_confidence: bool, teacher: str | None) -> int:
+    """Rows in the fullest cache below `parent` that is, or may be, this teacher's."""
+    wanted = {"format": _FORMAT, **_manner(config, task)} | ({} if teacher is None else {"teacher": teacher})
+    kinds = [("logits", dtype_name(_DTYPES[config.teacher.cache_dtype]))]
+    kinds += [("confidence", "float32")] if only_confidence else []
+    return max(
+        (
+            count_rows(path)
+            for path, found in descriptions(parent)
+            if (found.get("outputs"), found.get("dtype")) in kinds
+            and all(found.get(name) == value for name, value in wanted.items())
+        ),
+        default=0,
+    )
 
 
 def _free_memory() -> float:

@@ -17,7 +17,7 @@ from .observer import Observer
 from .results import Results
 from .run_store import RunStore
 from .task import ModelFactory, Samples, Task, make_task, training_device, with_own
-from .teacher_choice import check_cache
+from .teacher_choice import FOLDER, check_cache
 
 
 def run_together(
@@ -69,7 +69,7 @@ def run_together(
         device = training_device(config.device)
         stack.enter_context(prepared(device))
         task = make_task(config, device, model=model, train=train, test=test, validation=validation)
-        check_cache(config, task, None if family is None else family.path)
+        check_cache(config, task, None if family is None else family.path / FOLDER, resume)
         if config.compile:
             check_compiler(device)
         if family is not None:

@@ -8,13 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import BATCH, IMAGES, Heard, config, digits, network, own, samples
+from small_runs import (
+    BATCH,
+    IMAGES,
+    Heard,
+    StopAt,
+    but_for_teachers,
+    config,
+    digits,
+    footprint,
+    network,
+    own,
+    samples,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ban_fast.config import ModelConfig, TeacherConfig
+from ban_fast.config import Config, ModelConfig, TeacherConfig
 from ban_fast.errors import OptionError
-from ban_fast.training import run
+from ban_fast.training import Interrupted, run
 
 LIVE, CACHE = TeacherConfig(mode="live"), TeacherConfig(mode="cache")
 
@@ -124,3 +136,78 @@ def test_kernels_that_are_not_batch_invariant() -> None:
     assert ("the same bits as live" in observer.said[1][1]) == same_bits
     x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(kept.models[1](x), live.models[1](x), rtol=1e-4, atol=1e-4)
+
+
+# A choice that was made
+
+
+def free(monkeypatch: pytest.MonkeyPatch, space: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=space))
+
+
+def stopped(path: Path, teacher: TeacherConfig, question: int = 24 * 5 + 70) -> Config:
+    """A run that was stopped in its student, by default when nearly all views were seen."""
+    settings = digits(teacher=teacher)
+    with pytest.raises(Interrupted):
+        run(settings, out=path, should_stop=StopAt(question))
+    return settings
+
+
+def test_rows_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed, and by another run, on a disk that they filled. What is missing still needs some."""
+    place = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches"))
+    settings = stopped(tmp_path / "a", place)
+    early = stopped(tmp_path / "b", CACHE, 24 * 5 + 2)
+    free(monkeypatch, 5000)  # a fifth of all rows
+    run(settings, out=tmp_path / "a", resume=True)
+    free(monkeypatch, 0)
+    again = run(digits("dkpp", teacher=place), out=tmp_path / "c").generations[1]["teacher"]
+    assert (again["mode"], again["forward_images"]) == ("cache", 0)
+    free(monkeypatch, 2000)
+    with pytest.raises(OptionError, match=r"2 kB are free in .*; free some, or use another --cache-dir$"):
+        run(early, out=tmp_path / "b", resume=True)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_auto_does_not_change_what_it_rounds(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where room is gone, nor where there is some by now, or a place with a name."""
+    auto = TeacherConfig(cache_dtype=dtype)
+    run(digits(teacher=auto), out=tmp_path / "cached")
+    run(digits(teacher=LIVE), out=tmp_path / "live")
+    settings = stopped(tmp_path / "a", auto, 24 * 5 + 20)
+    free(monkeypatch, 0)
+    run(settings, out=tmp_path / "a", resume=True)
+    assert footprint(tmp_path / "a") == footprint(tmp_path / "cached")
+    settings = stopped(tmp_path / "b", auto)
+    monkeypatch.undo()
+    settings.teacher.cache_directory = str(tmp_path / "caches")
+    observer = Heard()
+    run(settings, out=tmp_path / "b", resume=True, observer=observer)
+    assert observer.said == [(1, "live: as this generation began")]
+    assert but_for_teachers(footprint(tmp_path / "b")) == but_for_teachers(footprint(tmp_path / "live"))
+    assert but_for_teachers(footprint(tmp_path / "a")) != but_for_teachers(footprint(tmp_path / "live"))
+
+
+def test_a_cache_that_was_given_up_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 "auto" may go live at any time, with the same bits; one that was moved elsewhere leaves nothing."""
+    run(digits(teacher=LIVE), out=tmp_path / "live")
+    settings = stopped(tmp_path / "a", TeacherConfig(), 24 * 5 + 20)
+    moved = stopped(tmp_path / "b", TeacherConfig(), 24 * 5 + 20)
+    for name in ("a", "b"):
+        assert list((tmp_path / name / "teacher-cache").glob("*/rows.bin"))
+    free(monkeypatch, 0)
+    results = run(settings, out=tmp_path / "a", resume=True)
+    assert results.generations[1]["teacher"]["mode"] == "live"
+    monkeypatch.undo()
+    moved.teacher.cache_directory = str(tmp_path / "caches")
+    run(moved, out=tmp_path / "b", resume=True)
+    for name in ("a", "b"):
+        assert not (tmp_path / name / "teacher-cache").exists()
+        assert but_for_teachers(footprint(tmp_path / name)) == but_for_teachers(footprint(tmp_path / "live"))
+    assert list((tmp_path / "caches").glob("*/rows.bin"))
+
+
+def test_a_place_that_has_a_name_stays_wherever_it_is(tmp_path: Path) -> None:
+    place = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "run" / "teacher-cache" / "mine"))
+    run(digits(teacher=place), out=tmp_path / "run")
+    assert list((tmp_path / "run" / "teacher-cache" / "mine").glob("*/rows.bin"))

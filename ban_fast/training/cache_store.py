@@ -4,6 +4,7 @@ Rows lie in the order in which they were computed, and are never changed. On dis
 
     cache.json   what the rows are of; another description is another cache
     rows.bin     the rows, one after the other, mapped into memory to be read
+    confidence.bin  beside rows that are rounded logits: CWTM's number of each, fp32, from the logits before that
     index.bin    a record for each append: checksums, how many rows, how many images the teacher was shown for them,
                  who computed them, and their keys
 
@@ -32,9 +33,12 @@ from ..errors import UserError
 from .checkpoint import TEMPORARY, make_directories, write_json
 from .locks import DirectoryLock
 
-DESCRIPTION, ROWS, INDEX = "cache.json", "rows.bin", "index.bin"
-_HEAD = struct.Struct("<IIII8s")  # CRC-32 of the rest and the keys, of the rows; rows; images forwarded; owner
+DESCRIPTION, ROWS, CONFIDENCE, INDEX = "cache.json", "rows.bin", "confidence.bin", "index.bin"
+_HEAD = struct.Struct(
+    "<IIII8s"
+)  # CRC-32 of the rest and the keys, of rows and confidences; rows; images forwarded; owner
 _KEY_BYTES = 8
+_CONFIDENCE_BYTES = 4
 _FIRST_CAPACITY = 1024
 
 
@@ -51,8 +55,11 @@ class Rows(Protocol):
         """[count, width]; good until the next `append`."""
         ...
 
-    def append(self, values: Tensor, forwards: int, keys: Tensor) -> None:
-        """`values` [n, width] under `keys` int64 [n], for which the teacher was shown `forwards` images."""
+    def append(self, values: Tensor, forwards: int, keys: Tensor, confidence: Tensor | None = None) -> None:
+        """`values` [n, width] under `keys` int64 [n], for which the teacher was shown `forwards` images.
+
+        `confidence`, fp32 [n, 1]: what is kept beside them, where they are rounded.
+        """
         ...
 
     def sync(self) -> None:
@@ -77,8 +84,10 @@ class MemoryRows:
         """[count, width]."""
         return self._table[: self.count]
 
-    def append(self, values: Tensor, forwards: int, keys: Tensor | None = None) -> None:  # [n, width], [n]
-        """Keep `values`; their keys are the caller's affair."""
+    def append(
+        self, values: Tensor, forwards: int, keys: Tensor | None = None, confidence: Tensor | None = None
+    ) -> None:  # [n, width], [n], [n, 1]
+        """Keep `values`; their keys and confidences are the caller's affair."""
         end = self.count + len(values)
         if end > len(self._table):
             grown = self._table.new_empty(max(end, 2 * len(self._table), _FIRST_CAPACITY), self._table.shape[1])
@@ -99,9 +108,18 @@ class FileRows:
     """Rows in a directory that one process holds at a time."""
 
     def __init__(
-        self, path: Path, description: dict[str, Any], width: int, dtype: torch.dtype, owner: bytes = bytes(8)
+        self,
+        path: Path,
+        description: dict[str, Any],
+        width: int,
+        dtype: torch.dtype,
+        owner: bytes = bytes(8),
+        with_confidence: bool = False,
     ) -> None:
-        """UserError: the directory can't be made or written, is in use, or holds another cache. `owner`: 8 bytes."""
+        """`owner`: 8 bytes; `with_confidence`: the confidence that comes with a row is kept too.
+
+        UserError: the directory can't be made or written, is in use, or holds another cache.
+        """
         self.path = path
         self.count = 0
         self.forwards = 0
@@ -119,6 +137,7 @@ class FileRows:
         try:
             self._describe(description)
             self._rows, self._index = self._open(ROWS), self._open(INDEX)
+            self._beside = self._open(CONFIDENCE) if with_confidence else None
             self._read()
         except BaseException:
             self._lock.release()
@@ -129,14 +148,31 @@ class FileRows:
         """[count, width], mapped from the file."""
         return self._mapped[: self.count]
 
-    def append(self, values: Tensor, forwards: int, keys: Tensor) -> None:  # [n, width], [n]
+    @property
+    def confidences(self) -> Tensor | None:
+        """fp32 [count, 1], read from the file; None where there is none."""
+        if self._beside is None:
+            return None
+        found = torch.empty(self.count, 1)
+        os.preadv(self._beside.fileno(), [_bytes(found)], 0)
+        return found
+
+    def append(
+        self, values: Tensor, forwards: int, keys: Tensor, confidence: Tensor | None = None
+    ) -> None:  # [n, width], [n], [n, 1]
         """Write rows, then the record of them. UserError where the disk refuses; the rows before stay as they are."""
         data = _bytes(values.to("cpu", self._dtype))
+        beside = memoryview(b"")
+        if self._beside is not None:
+            assert confidence is not None
+            beside = _bytes(confidence.to("cpu", torch.float32))
         named = _bytes(keys.cpu())
-        tail = struct.pack("<III8s", zlib.crc32(data), len(keys), forwards, self._owner)
+        tail = struct.pack("<III8s", zlib.crc32(beside, zlib.crc32(data)), len(keys), forwards, self._owner)
         record = struct.pack("<I", zlib.crc32(named, zlib.crc32(tail))) + tail + named.tobytes()
         try:
             _write_at(self._rows, data, self.count * self._row_bytes)
+            if self._beside is not None:
+                _write_at(self._beside, beside, self.count * _CONFIDENCE_BYTES)
             self._reserve(self.count + len(keys))
             _write_at(self._index, record, self._index_bytes)
         except OSError as error:
@@ -151,8 +187,9 @@ class FileRows:
         if not self._dirty:
             return
         try:
-            os.fsync(self._rows.fileno())
-            os.fsync(self._index.fileno())
+            for file in (self._rows, self._beside, self._index):
+                if file is not None:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path / ROWS}: {error.strerror}") from error
         self._dirty = False
@@ -164,8 +201,9 @@ class FileRows:
         self._mapped = self._mapped.new_empty(0, self._width)
         with contextlib.suppress(OSError):
             os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
-        self._rows.close()
-        self._index.close()
+        for file in (self._rows, self._beside, self._index):
+            if file is not None:
+                file.close()
         self._lock.release()
 
     def remove(self) -> None:
@@ -180,7 +218,7 @@ class FileRows:
         remedy = f"delete the directory {self.path} to compute it again, or choose another --cache-dir"
         (self.path / (DESCRIPTION + TEMPORARY)).unlink(missing_ok=True)
         if not file.exists():
-            for name in (ROWS, INDEX):  # without a description they are nobody's
+            for name in (ROWS, CONFIDENCE, INDEX):  # without a description they are nobody's
                 (self.path / name).unlink(missing_ok=True)
             write_json(file, description)
             return
@@ -219,6 +257,8 @@ class FileRows:
             self.keys = torch.cat(keys) if keys else self.keys
             os.ftruncate(self._index.fileno(), self._index_bytes)
             os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
+            if self._beside is not None:
+                os.ftruncate(self._beside.fileno(), self.count * _CONFIDENCE_BYTES)
             if self.count:
                 self._reserve(self.count)
         except OSError as error:
@@ -235,8 +275,11 @@ class FileRows:
             return None
         is_whole = zlib.crc32(index[start + 4 : end]) == checksum
         if is_whole:
-            data = os.pread(self._rows.fileno(), count * self._row_bytes, self.count * self._row_bytes)
-            is_whole = len(data) == count * self._row_bytes and zlib.crc32(data) == rows_checksum
+            data, wanted = _read_at(self._rows, self.count, count, self._row_bytes), count * self._row_bytes
+            if self._beside is not None:
+                data += _read_at(self._beside, self.count, count, _CONFIDENCE_BYTES)
+                wanted += count * _CONFIDENCE_BYTES
+            is_whole = len(data) == wanted and zlib.crc32(data) == rows_checksum
         if not is_whole:
             self.note = f"{self.path} was damaged after {self.count:,} rows: those behind are computed again"
             return None
@@ -275,6 +318,11 @@ def count_rows(path: Path) -> int:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _read_at(file: FileIO, first: int, count: int, size: int) -> bytes:
+    """`count` entries of `size` bytes each, or what there is of them."""
+    return os.pread(file.fileno(), count * size, first * size)
 
 
 def _write_at(file: FileIO, data: memoryview | bytes, position: int) -> None:

@@ -44,8 +44,9 @@ class CachedTeacher(Frozen):
         """Sample ids are below `samples`, views below `views`; the network is shown `batch_size` images at a time.
 
         `only_confidence`: rows of one number, the largest softmax output, which is all that CWTM needs;
-        `with_confidence`: rows of logits, and that number beside them. `on_device`: whether a copy of rows that lie
-        elsewhere is kept in the device's memory; where it is not, a batch's are copied.
+        `with_confidence`: rows of logits, and that number of each, from the logits before they were rounded.
+        `on_device`: whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, a
+        batch's are copied.
         `is_own`: whether files are for this teacher's students alone.
         """
         super().__init__(network, forward)
@@ -62,8 +63,10 @@ class CachedTeacher(Frozen):
         self._confidence = MemoryRows(1, torch.float32, device) if with_confidence else None
         if isinstance(rows, FileRows) and rows.count:
             self._place(rows.keys.to(device), 0)
+            exact = rows.confidences if with_confidence else None
             for start in range(0, rows.count, _ROWS_AT_A_TIME):
-                self._keep_beside(table[start : start + _ROWS_AT_A_TIME])
+                part = slice(start, start + _ROWS_AT_A_TIME)
+                self._keep_beside(table[part], _confidence(table[part]) if exact is None else exact[part])
 
     @property
     def forward_images(self) -> int:
@@ -136,7 +139,8 @@ class CachedTeacher(Frozen):
 
     def _compute(self, keys: Tensor, images: Tensor) -> None:  # [n], [batch_size, ...], n <= batch_size
         logits = self.logits(images)[: len(keys)]
-        values = _confidence(logits) if self._only_confidence else logits
+        confidence = _confidence(logits)
+        values = confidence if self._only_confidence else logits
         kept = values.to(self._dtype)
         if self._dtype == torch.float16 and not torch.equal(kept.isfinite(), values.isfinite()):
             raise UserError(
@@ -144,15 +148,15 @@ class CachedTeacher(Frozen):
                 "use --cache-dtype bf16 or fp32 and another --out"
             )
         first = self._rows.count
-        self._rows.append(kept, self._batch_size, keys)
+        self._rows.append(kept, self._batch_size, keys, confidence)
         self._place(keys, first)
-        self._keep_beside(kept)
+        self._keep_beside(kept, confidence)
 
-    def _keep_beside(self, kept: Tensor) -> None:  # [n, width]
+    def _keep_beside(self, kept: Tensor, confidence: Tensor) -> None:  # [n, width], [n, 1]
         if self._copy is not None:
             self._copy.append(kept, 0)
         if self._confidence is not None:
-            self._confidence.append(_confidence(kept), 0)
+            self._confidence.append(confidence, 0)
 
     def _place(self, keys: Tensor, first: int) -> None:
         self._slots[keys] = torch.arange(first, first + len(keys), dtype=torch.int32, device=self._device)

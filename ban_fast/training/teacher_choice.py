@@ -26,7 +26,7 @@ from .teacher_cache import CachedTeacher
 
 FOLDER = "teacher-cache"
 """Where a run keeps its teachers' outputs, if nothing else is asked for."""
-_FORMAT = 1
+_FORMAT = 2
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WORTH = 0.25
 """Share of a teacher's forward passes that must be saved before "auto" fills a disk for it."""
@@ -177,7 +177,7 @@ def _cached(
     by_confidence = config.teacher.mode == "cache" and "cwtm" in objectives
     rows, only_confidence = _rows(frozen, config, task, _only_confidence(config, objectives), home, owner)
     saved = fill.saved(rows.count, views.samples * views.each)
-    row_bytes = rows.table.shape[1] * rows.table.element_size()
+    row_bytes = _row_bytes(rows.table.shape[1], rows.table.dtype)
     on_device = task.device.type == "cuda" and fill.rows * row_bytes <= _SHARE * torch.cuda.mem_get_info(task.device)[0]
     teacher = CachedTeacher(
         frozen.network,
@@ -222,7 +222,8 @@ def _rows(
     if only_confidence and not (parent / _name(logits)).exists():
         confidence = _description(frozen, config, task, "confidence", torch.float32)
         return FileRows(parent / _name(confidence), confidence, 1, torch.float32, owner), True
-    return FileRows(parent / _name(logits), logits, classes, dtype, owner), False
+    # Whoever made them, rounded logits have exact confidences beside them: CWTM's bits don't depend on what is kept.
+    return FileRows(parent / _name(logits), logits, classes, dtype, owner, dtype != torch.float32), False
 
 
 def _place(config: Config, home: Path | None) -> Path | None:
@@ -287,7 +288,8 @@ def _too_large(
     """
     if task.views is None:
         return None
-    row_bytes = 4 if only_confidence else task.shape["classes"] * _DTYPES[config.teacher.cache_dtype].itemsize
+    dtype = _DTYPES[config.teacher.cache_dtype]
+    row_bytes = _row_bytes(1, torch.float32) if only_confidence else _row_bytes(task.shape["classes"], dtype)
     count, parent = Fill.expected(config, task).rows, _place(config, home)
     if device is not None:
         free, where = float(torch.cuda.mem_get_info(device)[0]), "on the device"
@@ -303,6 +305,11 @@ def _too_large(
     if needed <= _SHARE * free:
         return None
     return f"a cache of its outputs needs about {_size(needed)}, and {_size(free)} are free {where}"
+
+
+def _row_bytes(width: int, dtype: torch.dtype) -> int:
+    """Of a row, and the confidence beside it where it is rounded."""
+    return width * dtype.itemsize + (0 if dtype == torch.float32 else torch.float32.itemsize)
 
 
 def _rows_there(parent: Path, config: Config, task: Task, only_confidence: bool, teacher: str | None) -> int:

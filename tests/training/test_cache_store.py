@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.errors import UserError
-from ban_fast.training.cache_store import DESCRIPTION, INDEX, ROWS, FileRows, MemoryRows
+from ban_fast.training.cache_store import CONFIDENCE, DESCRIPTION, INDEX, ROWS, FileRows, MemoryRows
 
 WIDTH, CHUNK, CHUNKS = 3, 4, 5
 IS: dict[str, Any] = {"format": 1, "teacher": "abc", "dtype": "float32"}
@@ -227,3 +227,34 @@ def test_half_precision_rows(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = FileRows(tmp_path / "cache", IS, WIDTH, dtype)
     assert rows.table.dtype == dtype
     assert torch.equal(rows.table, values.to(dtype))
+
+
+def test_confidences_beside_rounded_rows(tmp_path: Path) -> None:
+    """They are those that were given, and of a row whose confidence is lost or damaged nothing counts."""
+
+    def rounded() -> FileRows:
+        return FileRows(tmp_path / "cache", IS, WIDTH, torch.float16, with_confidence=True)
+
+    rows = rounded()
+    given = [torch.rand(CHUNK, 1, generator=torch.Generator().manual_seed(number)) for number in range(CHUNKS)]
+    for number, confidence in enumerate(given):
+        values, keys = chunk(number)
+        rows.append(values, 7, keys, confidence)
+    rows.sync()
+    rows.close()
+    file = tmp_path / "cache" / CONFIDENCE
+    whole = file.read_bytes()
+    assert len(whole) == 4 * CHUNK * CHUNKS
+    rows = rounded()
+    assert rows.confidences is not None
+    assert torch.equal(rows.confidences, torch.cat(given))
+    rows.close()
+    flipped = bytearray(whole)
+    flipped[2 * 4 * CHUNK] ^= 1
+    for content, chunks in ((bytes(flipped), 2), (whole[: 4 * CHUNK + 3], 1), (b"", 0)):
+        file.write_bytes(content)
+        rows = rounded()
+        assert rows.count == chunks * CHUNK
+        assert rows.confidences is not None
+        assert torch.equal(rows.confidences, torch.cat([*given[:chunks], torch.empty(0, 1)]))
+        rows.close()

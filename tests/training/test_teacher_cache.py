@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ban_fast.config import Config, ModelConfig, ObjectiveConfig, TeacherConfig
 from ban_fast.data import Batch
 from ban_fast.errors import UserError
-from ban_fast.training import Interrupted, run
+from ban_fast.training import Interrupted, run, run_together
 from ban_fast.training.cache_store import MemoryRows
 from ban_fast.training.objectives import make_objective
 from ban_fast.training.teacher import LiveTeacher
@@ -145,6 +145,37 @@ def test_confidences_beside_logits_are_those_alone() -> None:
     assert one.confidence is not None
     assert other.confidence is not None
     assert torch.equal(one.confidence[one.rows], other.confidence[other.rows])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_cwtm_does_not_depend_on_what_else_is_kept(dtype: str, tmp_path: Path) -> None:
+    """Its numbers alone, beside another run's logits, a family's, or in memory: the same bits."""
+
+    def kept(name: str) -> TeacherConfig:
+        return TeacherConfig(mode="cache", cache_dtype=dtype, cache_directory=str(tmp_path / name))
+
+    run(digits("cwtm", teacher=kept("own")), out=tmp_path / "alone")
+    ban = run(digits("ban", teacher=kept("shared")), out=tmp_path / "ban").generations[1]["teacher"]
+    then = run(digits("cwtm", teacher=kept("shared")), out=tmp_path / "then").generations[1]["teacher"]
+    assert ban["forward_images"] > then["forward_images"] == 0
+    own_rows = TeacherConfig(mode="cache", cache_dtype=dtype)
+    run_together(digits(students=("ban", "cwtm"), teacher=own_rows), out=tmp_path / "family")
+    assert same_but_teacher(tmp_path / "then", tmp_path / "alone")
+    assert same_but_teacher(tmp_path / "family" / "cwtm", tmp_path / "alone")
+    assert same_but_teacher(tmp_path / "family" / "ban", tmp_path / "ban")
+    in_memory = run(digits("cwtm", teacher=own_rows)).generations[1]
+    assert in_memory["test"] == footprint(tmp_path / "alone")["results"]["generations"][1]["test"]
+
+
+@pytest.mark.parametrize("question", [24 * 5 + 20, 24 * 5 + 90])
+def test_a_family_with_rounded_rows_resumes_to_the_same_bits(question: int, tmp_path: Path) -> None:
+    settings = digits(students=("ban", "cwtm"), teacher=TeacherConfig(mode="cache", cache_dtype="fp16"))
+    run_together(settings, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run_together(settings, out=tmp_path / "parts", should_stop=StopAt(question))
+    run_together(settings, out=tmp_path / "parts", resume=True)
+    for name in ("ban", "cwtm"):
+        assert footprint(tmp_path / "parts" / name) == footprint(tmp_path / "whole" / name)
 
 
 def test_a_logit_beyond_fp16_is_one_line() -> None:

@@ -133,7 +133,7 @@ class FileRows:
         self._mapped: Tensor = torch.empty(0, width, dtype=dtype)
         self._dirty = False
         make_directories(path)
-        self._lock = DirectoryLock(path, "wait for it, choose another --cache-dir, or use --teacher live")
+        self._lock = DirectoryLock(path, "wait for it, or choose another --cache-dir; --resume takes either")
         try:
             self._describe(description)
             self._rows, self._index = self._open(ROWS), self._open(INDEX)

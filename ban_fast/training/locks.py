@@ -10,11 +10,15 @@ from pathlib import Path
 from ..errors import UserError
 
 
+class InUse(UserError):
+    """Another process has the directory."""
+
+
 class DirectoryLock:
     """The kernel's lock on a directory itself: it ends with the process, and leaves no file."""
 
     def __init__(self, path: Path, remedy: str) -> None:
-        """UserError, which ends in `remedy`, where another process has it; and where it can't be read."""
+        """InUse, which ends in `remedy`, where another process has it; UserError where it can't be read."""
         self._descriptor: int | None = None
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -25,7 +29,7 @@ class DirectoryLock:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(descriptor)
-                raise UserError(f"{path} is in use by another process: {remedy}") from error
+                raise InUse(f"{path} is in use by another process: {remedy}") from error
             # a file system without locks, NFS for one: the run goes on unguarded
         self._descriptor = descriptor
         # A DataLoader's forked workers would hold the lock on behalf of a run that was killed.

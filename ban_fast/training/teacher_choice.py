@@ -19,6 +19,7 @@ from .cache_store import FileRows, MemoryRows, count_rows, descriptions
 from .compiled import compiled
 from .environment import device_name
 from .learner import autocast, total_steps
+from .locks import InUse
 from .seeds import isolated
 from .task import Task
 from .teacher import Frozen, LiveTeacher, Teacher, dtype_name
@@ -118,7 +119,17 @@ def choose_teacher(
     reason, same_bits = _reason_for_live(frozen, config, task, home, before)
     if reason is not None:
         return LiveTeacher(network, forward), f"live: {reason}"
-    return _cached(frozen, forward, config, task, objectives, home, owner, same_bits)
+    try:
+        return _cached(frozen, forward, config, task, objectives, home, owner, same_bits)
+    except InUse:
+        if not _may_change(config, before):
+            raise
+        return LiveTeacher(network, forward), f"live: another process uses its cache in {_place(config, home)}"
+
+
+def _may_change(config: Config, before: str | None) -> bool:
+    """Whether a teacher may still be live that could be cached: what was rounded in an earlier session remains so."""
+    return config.teacher.mode == "auto" and (before is None or config.teacher.cache_dtype == "fp32")
 
 
 def _reason_for_live(
@@ -130,8 +141,7 @@ def _reason_for_live(
         return "what a DataLoader serves can't be told apart", False
     if is_auto and before == "live":
         return "as this generation began", False
-    is_free = is_auto and (is_exact or before is None)
-    if is_free and (reason := _too_large(config, task, home, False, frozen.fingerprint)):
+    if _may_change(config, before) and (reason := _too_large(config, task, home, False, frozen.fingerprint)):
         return reason, False
     dtype, same_bits = _probe(frozen, config, task)
     if dtype == torch.float64 and is_exact:

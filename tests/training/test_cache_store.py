@@ -157,7 +157,7 @@ def test_files_without_a_description_are_nobodys(filled: Path) -> None:
 
 def test_one_process_at_a_time(filled: Path) -> None:
     rows = opened(filled)
-    with pytest.raises(UserError, match="in use by another process: wait for it, choose another --cache-dir"):
+    with pytest.raises(UserError, match="in use by another process: wait for it, or choose another --cache-dir"):
         opened(filled)
     rows.close()
     opened(filled).close()

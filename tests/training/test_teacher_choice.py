@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ban_fast.config import Config, ModelConfig, TeacherConfig
-from ban_fast.errors import OptionError
+from ban_fast.errors import OptionError, UserError
 from ban_fast.training import Interrupted, run
+from ban_fast.training.locks import DirectoryLock
 
 LIVE, CACHE = TeacherConfig(mode="live"), TeacherConfig(mode="cache")
 
@@ -205,6 +206,27 @@ def test_a_cache_that_was_given_up_is_removed(tmp_path: Path, monkeypatch: pytes
         assert not (tmp_path / name / "teacher-cache").exists()
         assert but_for_teachers(footprint(tmp_path / name)) == but_for_teachers(footprint(tmp_path / "live"))
     assert list((tmp_path / "caches").glob("*/rows.bin"))
+
+
+def test_auto_goes_live_where_another_process_has_its_cache(tmp_path: Path) -> None:
+    """At the beginning, and resumed in fp32; not where rows were rounded. Who asked for the cache can resume."""
+    auto = TeacherConfig(cache_directory=str(tmp_path / "caches"))
+    half = TeacherConfig(cache_directory=str(tmp_path / "caches"), cache_dtype="fp16")
+    started, rounded = stopped(tmp_path / "auto", auto), stopped(tmp_path / "half", half)
+    only_cache = digits(teacher=TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches")))
+    observer = Heard()
+    locks = [DirectoryLock(folder, "") for folder in (tmp_path / "caches").iterdir()]
+    for path, resume in (("auto", True), ("new", False)):
+        run(started, out=tmp_path / path, resume=resume, observer=observer)
+        assert observer.said.pop() == (1, f"live: another process uses its cache in {tmp_path / 'caches'}")
+    for path, settings in (("half", rounded), ("cache", only_cache)):
+        with pytest.raises(UserError, match=r"wait for it, or choose another --cache-dir; --resume takes either$"):
+            run(settings, out=tmp_path / path, resume=path == "half")
+    for lock in locks:
+        lock.release()
+    run(only_cache, out=tmp_path / "cache", resume=True)
+    for path in ("new", "cache"):
+        assert but_for_teachers(footprint(tmp_path / path)) == but_for_teachers(footprint(tmp_path / "auto"))
 
 
 def test_a_place_that_has_a_name_stays_wherever_it_is(tmp_path: Path) -> None:

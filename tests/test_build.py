@@ -37,14 +37,14 @@ def test_only_the_bindings_know_python_and_nothing_knows_torch() -> None:
         assert not foreign or path.name == "bindings.cpp"
 
 
-def check_cuda_info(info: dict[str, object], *, built: bool) -> None:
+def check_cuda_info(info: dict[str, object], *, built: bool, architectures: str = "80,90") -> None:
     assert info["built"] is built
     if not built:
         assert list(info) == ["built"]
         return
     assert isinstance(info["runtime_version"], int)
     assert 12000 <= info["runtime_version"] < 20000
-    assert info["architectures"] == "80,90"
+    assert info["architectures"] == architectures
 
 
 def test_the_installed_extension_says_what_it_was_built_with() -> None:
@@ -89,10 +89,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_wheel(tree: Path, out: Path, cuda: str) -> subprocess.CompletedProcess[str]:
-    """`pip wheel` with the environment's own build tools: what isolation would install is in the extra [test]."""
+    """`pip wheel` with the environment's own build tools: what isolation would install is in the extra [test].
+
+    For one architecture, in half the time: what was installed here is for both.
+    """
     shutil.rmtree(tree / "build", ignore_errors=True)
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(out), str(tree)]
-    environment = {**os.environ, "BAN_FAST_CUDA": cuda}
+    environment = {**os.environ, "BAN_FAST_CUDA": cuda, "BAN_FAST_CUDA_ARCHS": "90"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
 
 
@@ -124,7 +127,7 @@ def test_a_wheel(tree: Path, tmp_path: Path, cuda: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     info = installed_info(tmp_path / "wheels", tmp_path / "installed")
     built = cuda == "auto" and NVCC is not None
-    check_cuda_info(info, built=built)
+    check_cuda_info(info, built=built, architectures="90")
     if built:
         assert info["devices"] == 0
 

@@ -6,7 +6,7 @@ Rows lie in the order in which they were computed, and are never changed. On dis
     rows.bin     the rows, one after the other, mapped into memory to be read
     confidence.bin  beside rows that are rounded logits: CWTM's number of each, fp32, from the logits before that
     index.bin    a record for each append: checksums, how many rows, how many images the teacher was shown for them,
-                 who computed them, and their keys
+                 who computed them, and their keys; its checksum begins with the description, as no other cache's does
 
 Rows are written before the record that speaks of them, both with pwrite: a full disk is an error of that call, where a
 store through the mapping would be a fatal signal. When a cache is opened, the records up to the first that is cut short
@@ -36,7 +36,7 @@ from .locks import DirectoryLock
 DESCRIPTION, ROWS, CONFIDENCE, INDEX = "cache.json", "rows.bin", "confidence.bin", "index.bin"
 _HEAD = struct.Struct(
     "<IIII8s"
-)  # CRC-32 of the rest and the keys, of rows and confidences; rows; images forwarded; owner
+)  # CRC-32 of description, rest and keys, of rows and confidences; rows; images forwarded; owner
 _KEY_BYTES = 8
 _CONFIDENCE_BYTES = 4
 _FIRST_CAPACITY = 1024
@@ -130,17 +130,20 @@ class FileRows:
         self._width, self._dtype, self._owner = width, dtype, owner
         self._row_bytes = width * dtype.itemsize
         self._index_bytes = 0
+        self._seed = zlib.crc32(json.dumps(description, sort_keys=True).encode())
         self._mapped: Tensor = torch.empty(0, width, dtype=dtype)
         self._dirty = False
+        self._files: list[FileIO] = []
         make_directories(path)
         self._lock = DirectoryLock(path, "wait for it, or choose another --cache-dir; --resume takes either")
         try:
             self._describe(description)
-            self._rows, self._index = self._open(ROWS), self._open(INDEX)
+            self._rows = self._open(ROWS)
             self._beside = self._open(CONFIDENCE) if with_confidence else None
+            self._index = self._open(INDEX)  # last, to be synced last
             self._read()
         except BaseException:
-            self._lock.release()
+            self._let_go()
             raise
 
     @property
@@ -168,7 +171,7 @@ class FileRows:
             beside = _bytes(confidence.to("cpu", torch.float32))
         named = _bytes(keys.cpu())
         tail = struct.pack("<III8s", zlib.crc32(beside, zlib.crc32(data)), len(keys), forwards, self._owner)
-        record = struct.pack("<I", zlib.crc32(named, zlib.crc32(tail))) + tail + named.tobytes()
+        record = struct.pack("<I", zlib.crc32(named, zlib.crc32(tail, self._seed))) + tail + named.tobytes()
         try:
             _write_at(self._rows, data, self.count * self._row_bytes)
             if self._beside is not None:
@@ -187,9 +190,8 @@ class FileRows:
         if not self._dirty:
             return
         try:
-            for file in (self._rows, self._beside, self._index):
-                if file is not None:
-                    os.fsync(file.fileno())
+            for file in self._files:
+                os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path / ROWS}: {error.strerror}") from error
         self._dirty = False
@@ -201,10 +203,7 @@ class FileRows:
         self._mapped = self._mapped.new_empty(0, self._width)
         with contextlib.suppress(OSError):
             os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
-        for file in (self._rows, self._beside, self._index):
-            if file is not None:
-                file.close()
-        self._lock.release()
+        self._let_go()
 
     def remove(self) -> None:
         """`close`, and delete the directory; the one around it too, if this was the last in it."""
@@ -239,9 +238,16 @@ class FileRows:
 
     def _open(self, name: str) -> FileIO:
         try:
-            return open(os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            file = FileIO(os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         except OSError as error:
             raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
+        self._files.append(file)
+        return file
+
+    def _let_go(self) -> None:
+        for file in self._files:
+            file.close()
+        self._lock.release()
 
     def _read(self) -> None:
         """Take up the records that are whole, and cut the files back to them."""
@@ -273,7 +279,7 @@ class FileRows:
         end = start + _HEAD.size + count * _KEY_BYTES
         if end > len(index):
             return None
-        is_whole = zlib.crc32(index[start + 4 : end]) == checksum
+        is_whole = zlib.crc32(index[start + 4 : end], self._seed) == checksum
         if is_whole:
             data, wanted = _read_at(self._rows, self.count, count, self._row_bytes), count * self._row_bytes
             if self._beside is not None:

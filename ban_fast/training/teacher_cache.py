@@ -48,6 +48,7 @@ class CachedTeacher(Frozen):
         `on_device`: whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, a
         batch's are copied.
         `is_own`: whether files are for this teacher's students alone.
+        UserError, with the files closed, where rows that are there can't be this network's.
         """
         super().__init__(network, forward)
         self._rows = rows
@@ -62,11 +63,11 @@ class CachedTeacher(Frozen):
             self._copy = MemoryRows(table.shape[1], table.dtype, device)
         self._confidence = MemoryRows(1, torch.float32, device) if with_confidence else None
         if isinstance(rows, FileRows) and rows.count:
-            self._place(rows.keys.to(device), 0)
-            exact = rows.confidences if with_confidence else None
-            for start in range(0, rows.count, _ROWS_AT_A_TIME):
-                part = slice(start, start + _ROWS_AT_A_TIME)
-                self._keep_beside(table[part], _confidence(table[part]) if exact is None else exact[part])
+            try:
+                self._take_up(rows, with_confidence)
+            except BaseException:
+                rows.close()
+                raise
 
     @property
     def forward_images(self) -> int:
@@ -133,6 +134,19 @@ class CachedTeacher(Frozen):
             self._rows.remove()
         else:
             self.close()
+
+    def _take_up(self, rows: FileRows, with_confidence: bool) -> None:
+        """Know the rows that are there. UserError if they are of images or views that training does not show."""
+        if int(rows.keys.min()) < 0 or int(rows.keys.max()) >= len(self._slots):
+            raise UserError(
+                f"{rows.path} has rows of views that these data have not: delete the directory to compute it again, "
+                "or choose another --cache-dir"
+            )
+        self._place(rows.keys.to(self._device), 0)
+        table, exact = rows.table, rows.confidences if with_confidence else None
+        for start in range(0, rows.count, _ROWS_AT_A_TIME):
+            part = slice(start, start + _ROWS_AT_A_TIME)
+            self._keep_beside(table[part], _confidence(table[part]) if exact is None else exact[part])
 
     def _keys(self, batch: Batch) -> Tensor:
         return batch.sample_ids * self._views + batch.views

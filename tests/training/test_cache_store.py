@@ -258,3 +258,16 @@ def test_confidences_beside_rounded_rows(tmp_path: Path) -> None:
         assert rows.confidences is not None
         assert torch.equal(rows.confidences, torch.cat([*given[:chunks], torch.empty(0, 1)]))
         rows.close()
+
+
+def test_records_of_another_cache_do_not_count(filled: Path, tmp_path: Path) -> None:
+    """Rows and records that were copied below another description: as if damaged from the first."""
+    rows = opened(tmp_path / "other", teacher="xyz")
+    rows.close()
+    for name in (ROWS, INDEX):
+        shutil.copy(filled / name, tmp_path / "other" / name)
+    rows = opened(tmp_path / "other", teacher="xyz")
+    check(rows, 0)
+    assert rows.note is not None
+    assert "damaged after 0 rows" in rows.note
+    rows.close()

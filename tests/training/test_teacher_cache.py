@@ -28,7 +28,7 @@ from ban_fast.config import Config, ModelConfig, ObjectiveConfig, TeacherConfig
 from ban_fast.data import Batch
 from ban_fast.errors import UserError
 from ban_fast.training import Interrupted, run, run_together
-from ban_fast.training.cache_store import MemoryRows
+from ban_fast.training.cache_store import FileRows, MemoryRows
 from ban_fast.training.objectives import make_objective
 from ban_fast.training.teacher import LiveTeacher
 from ban_fast.training.teacher_cache import CachedTeacher
@@ -340,3 +340,18 @@ def test_a_cached_teacher_that_changes_is_noticed() -> None:
     cached.network[1].running_mean[0] += 1e-6
     with pytest.raises(RuntimeError, match="changed"):
         cached.check()
+
+
+@pytest.mark.parametrize("key", [-1, 2 * IMAGES])
+def test_rows_of_views_that_there_are_not(key: int, tmp_path: Path) -> None:
+    """One line, and nothing is held any more."""
+
+    def opened() -> FileRows:
+        return FileRows(tmp_path, {"format": 0}, CLASSES, torch.float32)
+
+    rows = opened()
+    rows.append(torch.zeros(2, CLASSES), 2, torch.tensor([0, key]))
+    rows.close()
+    for _ in range(2):
+        with pytest.raises(UserError, match="has rows of views that these data have not: delete the directory"):
+            pair(rows=opened())

@@ -250,8 +250,13 @@ class Config:
             _choice("students", name, OBJECTIVES)
         if len(set(self.students)) < len(self.students):
             raise OptionError("students", f"must be different objectives, got {','.join(self.students)}")
-        for name in self.students:
-            _check_objective(self.of_student(name).objective)
+        learned = [self.of_student(name).objective for name in self.students]
+        for objective in learned:
+            _check_objective(objective)
+        for f in dataclasses.fields(ObjectiveConfig):
+            is_given = f.name != "name" and getattr(self.objective, f.name) != f.default
+            if is_given and all(getattr(objective, f.name) == f.default for objective in learned):
+                raise OptionError(f"objective.{f.name}", f"is for none of {', '.join(self.students)}; leave it out")
 
     def of_student(self, name: str) -> "Config":
         """The configuration of one of `students` as a run of its own, with the settings that its objective has."""

@@ -67,6 +67,17 @@ def test_every_field_has_a_docstring() -> None:
         ({"students": "ban"}, "students", "must be tuple, got 'ban'"),
         ({"students": ["ban", 3]}, "students", "must be names of objectives, got 3"),
         ({"students": ["ban", "ban"]}, "students", "must be different objectives"),
+        (
+            {"students": ["ban", "cwtm"], "objective": {"label_weight": 0.5}},
+            "objective.label_weight",
+            "none of ban, cwtm",
+        ),
+        (
+            {"students": ["label", "cwtm"], "objective": {"temperature": 4}},
+            "objective.temperature",
+            "none of label, cwtm",
+        ),
+        ({"students": ["cwtm"], "objective": {"kd_weight": 0.5}}, "objective.kd_weight", "none of cwtm; leave it out"),
         ({"students": ["cwtm", "bam"]}, "students", "did you mean 'ban'"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction", "[0, 1), got 1"),
         ({"data": {"limit_train": 0}}, "data.limit_train", "at least 1, got 0"),

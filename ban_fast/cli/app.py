@@ -175,7 +175,8 @@ def train(
         _flag(
             "--students",
             "O,O,...",
-            "Instead of one: a student for each of these objectives, side by side on one teacher, in DIR/O.",
+            "Instead of one: a student for each of these objectives, side by side on one teacher, in DIR/O "
+            "(ban+l in DIR/ban_l).",
             _NETWORKS,
         ),
     ] = None,

@@ -88,6 +88,8 @@ def create(name: str, num_classes: int | None = None, *, in_channels: int | None
         if key not in family.options:
             valid = suggest(key, family.options) if family.options else "; it has none"
             raise UserError(f"{name} has no option {key!r}{valid}")
+    if not isinstance(sync := options.get("sync_statistics", False), bool):
+        raise UserError(f"sync_statistics must be true or false, got {sync!r}")
     if family.reads == "tokens":
         if in_channels is not None:
             raise UserError(

@@ -475,3 +475,9 @@ def test_other_dtypes_are_refused():
 def test_sync_statistics_is_for_shared(memory):
     with pytest.raises(UserError, match=f'sync_statistics needs memory="shared", got {memory!r}; nn.SyncBatchNorm'):
         models.create("densenet-bc-10-4", memory=memory, sync_statistics=True)
+
+
+@pytest.mark.parametrize("value", ["maybe", 1, None])
+def test_sync_statistics_is_true_or_false(value):
+    with pytest.raises(UserError, match=f"sync_statistics must be true or false, got {value!r}"):
+        models.create("densenet-bc-10-4", memory="shared", sync_statistics=value)

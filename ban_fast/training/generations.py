@@ -137,7 +137,7 @@ def _grow_generation(
         Loop(learners, observer, should_stop).run()
         for teacher in teachers.values():
             teacher.dismiss()
-        if home is not None:
+        if home is not None and not any(lineage.has_begun(number + 1) for lineage in lineages):
             remove_own(config, home / FOLDER)
         for lineage, learner in zip(lineages, learners, strict=True):
             lineage.conclude(learner)

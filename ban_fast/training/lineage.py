@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data import Loader
 from ..errors import UserError
+from ..evaluation.run_directory import STATE
 from .evaluator import TEST, Evaluator
 from .learner import Learner
 from .observer import Observer
@@ -42,6 +43,10 @@ class Lineage:
     def finished(self) -> int:
         """Generations that are in results.json: they are never trained again."""
         return len(self.results["generations"])
+
+    def has_begun(self, number: int) -> bool:
+        """Whether a generation has a checkpoint; without results.json, later ones than are finished may."""
+        return self.store is not None and (self.store.path / f"generation-{number}" / STATE).exists()
 
     def teacher_before(self, number: int) -> str | None:
         """The mode that "auto" chose for a generation's teacher, if the generation has a checkpoint."""

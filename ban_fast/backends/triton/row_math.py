@@ -44,7 +44,7 @@ def number(value, ACC: tl.constexpr):
 def from_bits(bits, ACC: tl.constexpr):
     """A kernel's argument from its bits, as `launch.bits` has them."""
     if tl.float64 == ACC:
-        return bits.to(tl.float64, bitcast=True)
+        return bits.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return bits.to(tl.int32).to(tl.float32, bitcast=True)
 

@@ -70,15 +70,15 @@ def test_an_outlier_in_each_block(size: float, device: torch.device) -> None:
             at = min(row * BLOCK + 5, student.shape[1] - 1)
             teacher[row, at] -= low
             student[row, at] += size - low
-        # Where the teacher's probability underflows (e^-120, on a GPU e^-95) log-sum-exp has to serve: u = 1e-3 is
-        # rounded to 6e-8. In the interpreter e^-95 has 12 bits.
-        check(student, teacher, device, 2e-4 if low > 90 and size > 20 else 1e-5)
+        # Where the teacher's probability underflows (e^-120, on a GPU e^-95) log-sum-exp has to serve: u = 1e-3 comes out
+        # of logarithms near 5 that are rounded to 3e-7, and KL is its square.
+        check(student, teacher, device, 3e-3 if low > 90 and size > 20 else 1e-5)
 
 
 @pytest.mark.usefixtures("in_blocks")
 @pytest.mark.parametrize("shift", [-300.0, 300.0])
 def test_a_student_apart_by_a_constant(shift: float, device: torch.device) -> None:
-    """The first block's differences are measured from nothing: neither e^300 nor what it is multiplied with may be seen."""
+    """The first block's differences are measured from nothing: e^300, of that, may not be seen."""
     student, teacher = logits(3, 150, "near")
     check(student + shift, teacher, device)
 

@@ -70,8 +70,8 @@ def test_an_outlier_in_each_block(size: float, device: torch.device) -> None:
             at = min(row * BLOCK + 5, student.shape[1] - 1)
             teacher[row, at] -= low
             student[row, at] += size - low
-    """A class where student and teacher differ, near or far, with mass in the teacher or none."""
-        # of logarithms near 5 that are rounded to 3e-7, and KL is its square.
+        # Where the teacher's probability underflows (e^-120, on a GPU e^-95) log-sum-exp has to serve: u = 1e-3 is of
+        # logarithms near 5 that are rounded to 3e-7, and KL is its square.
         check(student, teacher, device, 3e-3 if low > 90 and size > 20 else 1e-5)
 
 

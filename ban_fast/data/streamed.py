@@ -5,8 +5,8 @@ normalisation follow on the training device, as `MemoryLoader` does them.
 """
 
 import signal
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,9 @@ class TorchLoader(StreamedLoader):
             generator=torch.Generator(),  # or it draws from torch's own, and the run depends on the loader
         )
         try:
-            for images in loader:
+            with _stop_signals_held():
+                stream = iter(loader)  # starts the workers
+            for images in stream:
                 if isinstance(images, UserError):
                     raise images
                 yield images
@@ -114,8 +116,23 @@ class _Reading(Dataset["Tensor | UserError"]):
             return mistake
 
 
+_STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Until the end of the block stop signals wait; processes that it starts never get them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C reaches the whole group of processes; the workers are needed until the training loop has saved."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for stop in _STOP_SIGNALS:
+        signal.signal(stop, signal.SIG_IGN)

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from ban_fast import data
-from ban_fast.data import Augmentation, Batch, Dataset, FFCVLoader, ImageLoader, MemoryLoader, TorchLoader
+from ban_fast.data import Augmentation, Batch, Dataset, FFCVLoader, ImageLoader, MemoryLoader, TorchLoader, streamed
 from ban_fast.data.cifar import CIFAR
 from ban_fast.errors import UserError
 
@@ -194,6 +195,16 @@ class TestTorchLoader:
         for child in multiprocessing.active_children():
             for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(child.pid or 0, stop)
+        assert len(list(epoch)) == 240 // 16 - 1
+
+    def test_nor_do_workers_that_have_only_begun(
+        self, datasets: dict[str, Dataset[Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(streamed, "_leave_signals_to_the_parent", lambda worker: time.sleep(0.5 * worker))
+        epoch = opened(datasets["torch"], batch_size=16).epoch(0)
+        next(epoch)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGINT)
         assert len(list(epoch)) == 240 // 16 - 1
 
     def test_a_killed_worker_is_one_line(self, datasets: dict[str, Dataset[Any]]) -> None:

@@ -9,7 +9,20 @@ from ban_fast.backends.triton import config
 SLOW = pytest.mark.slow
 IDS = torch.tensor([0, 1, 4095, 2**31 - 1, 2**31, 2**32, 2**40 + 7, 2**63 - 1, -1, -(2**32), -(2**63)])
 KEYS = [(0, 0), (-1, 5), (2**63 - 1, 2**31), (-(2**63), 2**63 - 1)]
-CLASSES = [1, 2, 3, 4, 16, 17, 33, 65, 98, 99, 100, 101, 128, 129, 257, 1000, 1001]
+CLASSES = [
+    1,
+    2,
+    3,
+    4,
+    17,
+    33,
+    99,
+    100,
+    129,
+    1000,
+    1001,
+    *(pytest.param(n, marks=SLOW) for n in (16, 65, 98, 101, 128, 257)),
+]
 """No, one and two classes that move; both sides of the limits of the plans, of swap-or-not (99 classes and fewer) and
 Feistel, of 10 rounds and 8; all but square numbers have points to walk over."""
 

@@ -71,9 +71,7 @@ class TorchLoader(StreamedLoader):
             generator=torch.Generator(),  # or it draws from torch's own, and the run depends on the loader
         )
         try:
-            with _stop_signals_held():
-                stream = iter(loader)  # starts the workers
-            for images in stream:
+            for images in _started(loader):  # without a name, so that the workers end with the loop
                 if isinstance(images, UserError):
                     raise images
                 yield images
@@ -117,6 +115,12 @@ class _Reading(Dataset["Tensor | UserError"]):
 
 
 _STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _started(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """The loader's iterator, whose workers have been started."""
+    with _stop_signals_held():
+        return iter(loader)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import Config
 from ..errors import OptionError, UserError
+from .adoption import adopt_teacher
 from .compiled import check_compiler
 from .environment import device_name, differences, environment
 from .evaluator import Evaluator
@@ -36,6 +37,7 @@ def run(
     validation: Samples | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    teacher_from: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Results:
@@ -44,7 +46,9 @@ def run(
     `model` builds a fresh network of the caller's own; `train`, `test` and `validation` are its data, each two tensors
     (x [N, ...], y [N]) or a DataLoader of such batches. What is left out, `config` says. Without `test` there are no
     test figures. `out` is the run directory (None: no files), `resume` goes on with the run in it, or returns its
-    results if it is finished. `should_stop` is asked after every step: where it is true, all is saved and Interrupted
+    results if it is finished. `teacher_from` is the directory of a run whose teacher would be this one's to the bit, as
+    its configuration differs in what students learn from and in their number alone: generation 0 is copied from there,
+    unless it is here already. `should_stop` is asked after every step: where it is true, all is saved and Interrupted
     is raised. The caller's random generators are left as found.
 
     UserError: data, network or options that don't fit each other, a directory in use, a damaged or another run's
@@ -76,6 +80,8 @@ def run(
             begin(store, config, task, resume, observer)
         evaluator = Evaluator(task.evaluation, device, config.seed, should_stop)
         lineage = Lineage(config, task, store, evaluator, observer)
+        if teacher_from is not None and not lineage.finished:
+            adopt_teacher(lineage, Path(teacher_from))
         grow([lineage], config, task, None if store is None else store.path, observer, should_stop)
         return lineage.as_results()
 

@@ -101,12 +101,17 @@ class RunStore:
         self._hold()
         directory = RunDirectory(self.path)
         stored = stored_config(directory)
-        for field, old, new in _differences(stored.to_dict(), config.to_dict()):
-            if field not in _FREE:
-                raise OptionError(field, f"is {new!r} here, but {old!r} in the run in {self.path}; use another --out")
+        for field, old, new in config_differences(stored, config):
+            raise OptionError(field, f"is {new!r} here, but {old!r} in the run in {self.path}; use another --out")
         self.environment = directory.environment()
         self.results = directory.results()
         self._remove(_TEMPORARIES)
+
+    def look(self) -> Config:
+        """Read the run that is here without holding it, which leaves it to others too; returns its configuration."""
+        directory = RunDirectory(self.path)
+        self.environment, self.results = directory.environment(), directory.results()
+        return stored_config(directory)
 
     def identify(self, config: Config, shape: dict[str, Any], structure: str) -> None:
         """Say what is trained: checkpoints carry a hash of it, and those of anything else are refused.
@@ -121,8 +126,7 @@ class RunStore:
                     f"the run in {self.path} began with {key} {then.get(key)}, here it is {shape.get(key)}: "
                     "resume with the same data and network, or use another --out"
                 )
-        values = {name: value for name, value in _leaves(config.to_dict()) if name not in _FREE}
-        text = json.dumps([_STATE_FORMAT, values, shape, structure], sort_keys=True)
+        text = json.dumps([_STATE_FORMAT, settings(config), shape, structure], sort_keys=True)
         self._identity = hashlib.sha256(text.encode()).hexdigest()
 
     def generation(self, number: int) -> "GenerationFiles":
@@ -201,8 +205,14 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, inner
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    before = dict(_leaves(old))
-    for name, value in _leaves(new):
+def settings(config: Config) -> dict[str, Any]:
+    """Every field that what a run computes may depend on, by its dotted name."""
+    return {name: value for name, value in _leaves(config.to_dict()) if name not in _FREE}
+
+
+def config_differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(field, value in `old`, value in `new`) where a run of one could not go on as a run of the other."""
+    before = settings(old)
+    for name, value in settings(new).items():
         if before.get(name) != value:
             yield name, before.get(name), value

@@ -1,7 +1,7 @@
 """Reading a run's results: a time, the best of a kind, a ratio, a share."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.cases import Case
@@ -15,6 +15,8 @@ class Figures:
     """The records of one run, by case and setting."""
 
     records: list[Record]
+    steps: list[Record] = field(default_factory=list)
+    """Of whole training steps: `step_figures` reads them."""
 
     def find(self, case: Case, setting: str) -> Record | None:
         for record in self.records:

@@ -144,6 +144,12 @@ def _ours(split: Split | StoredSplit) -> Epochs:
 
 
 def _torchvision(pixels: Tensor) -> Epochs:
+    loader = torchvision_loader(pixels, torch.arange(len(pixels)) % 100, BATCH)
+    return lambda number: (images for images, _ in loader)
+
+
+def torchvision_loader(pixels: Tensor, labels: Tensor, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    """CIFAR's usual: torchvision's transforms on PIL images, in a worker a core; uint8 [N, 32, 32, 3], int64 [N]."""
     from torchvision import transforms
 
     transform = transforms.Compose(
@@ -154,22 +160,23 @@ def _torchvision(pixels: Tensor) -> Epochs:
             transforms.Normalize([m / 255 for m in MEAN], [s / 255 for s in STD]),
         ]
     )
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        _Pictures(pixels.numpy(), transform),
-        batch_size=BATCH,
+    return DataLoader(
+        _Pictures(pixels.numpy(), labels.tolist(), transform),
+        batch_size=batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=cores(),
         persistent_workers=True,
     )
-    return lambda number: (images for images, _ in loader)
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):
     """What torchvision's CIFAR datasets do for an index."""
 
-    def __init__(self, pixels: "np.ndarray[Any, np.dtype[np.uint8]]", transform: Callable[[Any], Tensor]) -> None:
-        self._pixels, self._transform = pixels, transform
+    def __init__(
+        self, pixels: "np.ndarray[Any, np.dtype[np.uint8]]", labels: list[int], transform: Callable[[Any], Tensor]
+    ) -> None:
+        self._pixels, self._labels, self._transform = pixels, labels, transform
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -177,7 +184,7 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         from PIL import Image
 
-        return self._transform(Image.fromarray(self._pixels[index])), index % 100
+        return self._transform(Image.fromarray(self._pixels[index])), self._labels[index]
 
 
 def _ffcv(pixels: Tensor, path: Path, stack: ExitStack) -> Epochs:
@@ -190,7 +197,7 @@ def _ffcv(pixels: Tensor, path: Path, stack: ExitStack) -> Epochs:
     from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, RandomTranslate, ToTensor, ToTorchImage
     from ffcv.writer import DatasetWriter
 
-    pictures = _Pictures(pixels.numpy(), np.asarray)  # type: ignore[arg-type]
+    pictures = _Pictures(pixels.numpy(), (torch.arange(len(pixels)) % 100).tolist(), np.asarray)  # type: ignore[arg-type]
     DatasetWriter(str(path), {"image": RGBImageField(), "label": IntField()}).from_indexed_dataset(pictures)
     loader = Loader(
         str(path),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, tables
+from benchmarks import machine, step, step_figures, tables
 from benchmarks import run as runs
 from benchmarks.figures import Figures
 from benchmarks.run import Run
@@ -43,6 +43,8 @@ CHECK_SECONDS = {
 }
 LEAST_SECONDS = 10.0
 """A check that would have less is left out."""
+STEP_SECONDS = 60.0
+"""A case of whole steps, its networks being compiled, would not be done in less."""
 SANITIZER, TOOLS = "compute-sanitizer", ("memcheck", "racecheck")
 Check = dict[str, Any]
 
@@ -85,22 +87,25 @@ def measure(directory: Path, commit: str | None, minutes: float | None) -> bool:
         done += [check(name, [*pytest, *paths], ends) for name, paths in GPU_TESTS.items()]
     last = ends - 60 * SANITIZER_MINUTES if device == "cuda" and shutil.which(SANITIZER) else ends
     left = (last - time.monotonic()) / 60
+    steps: list[dict[str, Any]] = []
     with Run(device, full=True, minutes=None if left == math.inf else (left - 0.5, left)) as run:
 
         def save(complete: bool) -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(run.results(described, done, complete=complete), indent=1) + "\n"
-            machine.write(path, text)
+            found = run.results(described, done, complete=complete) | {"steps": steps}
+            machine.write(path, json.dumps(found, indent=1) + "\n")
 
         save(False)
         measure_cases(run, lambda: save(False))
+        done += measure_steps(device, steps, last, lambda: save(False))
         if device == "cuda":
             done += sanitize(ends)
         save(True)
     print(f"wrote {path}")
     results = json.loads(path.read_text())
     figures = Figures(results["records"])
-    print(tables.summary(figures, figures.cases()), tables.target_table(results), sep="\n\n")
+    print(tables.summary(figures, figures.cases()), *map(step_figures.table, steps), sep="\n\n")
+    print(f"\n{tables.target_table(results)}")
     return any(not each["passed"] for each in done) or bool(run.failures) or _ours_failed(run.records)
 
 
@@ -116,6 +121,25 @@ def measure_cases(run: Run, save: Callable[[], None]) -> None:
             print(f"{case.title}: {error}", file=sys.stderr)
         print(f"{case.title}: {time.monotonic() - start:.0f} s", flush=True)
         save()
+
+
+def measure_steps(device: str, steps: list[dict[str, Any]], ends: float, save: Callable[[], None]) -> list[Check]:
+    """Whole training steps into `steps`, as many cases as there is time for; those that failed or were left out."""
+    failed = []
+    for case in step.cases(device):
+        start = time.monotonic()
+        if ends - start < STEP_SECONDS:
+            failed.append(_outcome(f"steps of {case.title}", "left out: the run's time was over", passed=True))
+            continue
+        try:
+            steps.append(step.measure_apart(case, device, timeout=None if ends == math.inf else ends - start))
+        except subprocess.TimeoutExpired:
+            failed.append(_outcome(f"steps of {case.title}", "left out: the run's time was over", passed=True))
+        except subprocess.CalledProcessError as error:
+            failed.append(_outcome(f"steps of {case.title}", f"failed, status {error.returncode}", passed=False))
+        print(f"steps of {case.title}: {time.monotonic() - start:.0f} s", flush=True)
+        save()
+    return failed
 
 
 def build() -> Check:

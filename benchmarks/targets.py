@@ -1,4 +1,4 @@
-"""What the kernels are held to, judged by a run's figures.
+"""What kernels and whole steps are held to, judged by a run's figures.
 
 `python -m benchmarks.targets FILE` judges a results file; its status is 1 where a target was missed or not measured.
 """
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda
+from benchmarks import cuda, step_figures
 from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape
 from benchmarks.figures import PEERS, Figures, ours, ratio, share
 from benchmarks.session import DEFAULT, TUNED
+from benchmarks.step_figures import CACHED, COMPOSED, NAIVE, SUPERVISED
+from benchmarks.step_figures import Case as StepCase
 
 Quantity = Callable[[Figures], float | None]
 NOT_MEASURED = "not measured yet"
@@ -60,7 +62,7 @@ class Verdict:
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
     """Every target of the device that the results are of."""
-    figures = Figures(results["records"])
+    figures = Figures(results["records"], results.get("steps", []))
     return [Verdict(target, target.quantity(figures)) for target in targets(results["device"])]
 
 
@@ -85,6 +87,9 @@ def _cpu() -> list[Target]:
             case = _case(objective, LARGE, "fp32", regime)
             found += [_against(case, each, PEERS, "the best other", at_least, hoped) for each in (TUNED, DEFAULT)]
     found += [_to_kd(_case("dkpp", LARGE, "fp32"), setting, 4.0) for setting in (TUNED, DEFAULT)]
+    small, dense = StepCase("wrn-16-1", 32), StepCase("densenet-bc-100-12", 32)
+    found += [_step_over(case, CACHED, SUPERVISED, at_most=1.05) for case in (small, dense)]
+    found.append(_loader_and_loss(small, 0.03))
     return found
 
 
@@ -113,6 +118,13 @@ def _gpu() -> list[Target]:
     shapes: tuple[tuple[Shape, float], ...] = (((128, 10), 1.15), (SMALL, 1.15), ((512, 100), 1.15), (LARGE, 2.0))
     found += [_to_kd(_case("dkpp", shape, "fp32"), cuda.GRAPH_WARM, most) for shape, most in shapes]
     found.append(_against(_case("dkpp", LARGE, "fp32"), cuda.PLAIN, ("eager",), "eager argsort", 25.0))
+    wide, thin, thick = StepCase("wrn-28-10", 128), StepCase("densenet-bc-100-12", 64), StepCase("densenet-80-80", 128)
+    found += [_step_time(wide, 9.3), _step_time(thin, 1.3), _step_time(thick, 11.0)]
+    for case, naive, composed in ((thin, 6.0, 2.5), (thick, 3.5, 2.0)):
+        found += [
+            _step_over(case, NAIVE, CACHED, at_least=naive),
+            _step_over(case, COMPOSED, CACHED, at_least=composed),
+        ]
     return found
 
 
@@ -154,6 +166,34 @@ def _to_kd(case: Case, setting: str, most: float) -> Target:
         return mine / kds if mine and kds else None
 
     return Target(what=f"{case.title}, {setting}: times our KD", quantity=quantity, at_most=most)
+
+
+def _step_over(
+    case: StepCase, one: str, other: str, *, at_least: float | None = None, at_most: float | None = None
+) -> Target:
+    return Target(
+        what=f"a step of {case.title}: {one} over {other}",
+        quantity=lambda figures: step_figures.over(step_figures.find(figures.steps, case), one, other),
+        at_least=at_least,
+        at_most=at_most,
+    )
+
+
+def _step_time(case: StepCase, most_ms: float) -> Target:
+    def quantity(figures: Figures) -> float | None:
+        mine = step_figures.seconds(step_figures.find(figures.steps, case), CACHED)
+        return None if mine is None else 1e3 * mine
+
+    return Target(what=f"a step of {case.title}: {CACHED}", quantity=quantity, at_most=most_ms, unit=" ms")
+
+
+def _loader_and_loss(case: StepCase, most: float) -> Target:
+    def quantity(figures: Figures) -> float | None:
+        share = step_figures.loader_and_loss(step_figures.find(figures.steps, case))
+        return None if share is None else 100 * share
+
+    what = f"a step of {case.title}: share of loader, augmentation and loss, {CACHED}"
+    return Target(what=what, quantity=quantity, at_most=100 * most, unit=" %")
 
 
 def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:

@@ -33,12 +33,13 @@ class Loop:
         while pending := [learner for learner in self._learners if not learner.is_done]:
             epoch = min(learner.epoch for learner in pending)
             active = [learner for learner in pending if learner.epoch == epoch]
-            self._run_epoch(epoch, active)
+            self.run_epoch(epoch, active)
             self._close_epoch(active)
         for learner in self._learners:
             learner.finish()
 
-    def _run_epoch(self, epoch: int, learners: list[Learner]) -> None:
+    def run_epoch(self, epoch: int, learners: list[Learner]) -> None:
+        """What is left of the epoch's batches, learned by each of `learners`."""
         for learner in learners:
             learner.network.train()
         taught_by = [learner.teacher for learner in learners if learner.teacher is not None]

@@ -1,0 +1,205 @@
+"""`python -m benchmarks.step`: whole born-again training steps, from stored images to updated weights.
+
+- the naive loop: fp32, eager, torchvision's transforms in a DataLoader, the textbook's loss, the teacher live;
+- the best composed: data on the device, channels_last, torch.compile of student, teacher and loss, fused SGD; on a GPU
+  bf16 autocast and max-autotune with CUDA graphs; the teacher live;
+- ours, with the teacher live, cached (every row is known, as in most of a long run), and supervised, without one.
+
+A lap is an epoch of a few batches, beginning and end of the loader included; trainers take turns, lap by lap, in one
+process of its own for each case. CIFAR-100 where BAN_FAST_DATA says where it lies, else random images of that shape.
+Shares are of laps apart, in which the loop is cut into its parts and each is waited for.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ban_fast import data
+from ban_fast.data import Split
+from benchmarks import machine, targets
+from benchmarks.harness import interleave, quantiles
+from benchmarks.step_figures import PARTS, SUPERVISED, Case, Record, table
+from benchmarks.trainers import CLASSES, Trainer, networks, trainers
+
+LAP_STEPS = {"cpu": {"wrn-16-1": 16, "densenet-bc-100-12": 2}, "cuda": {}}
+GPU_STEPS = 40
+ROUNDS = 7
+SHARE_ROUNDS = 3
+# Off the gradient of the plain fp32 network and loss, in the 2-norm: fp32 rounded through a hundred layers, or bf16.
+LIMITS = {"cpu": 1e-3, "cuda": 0.3}
+
+
+def cases(device: str) -> list[Case]:
+    """The usual ones; on a GPU also those of PERFORMANCE's whole-step rows."""
+    if device == "cpu":
+        return [Case("wrn-16-1", 32), Case("densenet-bc-100-12", 32)]
+    wide = [Case("wrn-28-10", 128), Case("wrn-28-2", 128)]
+    dense = [Case("densenet-bc-100-12", 128), Case("densenet-112-33", 128)]
+    return [*wide, *dense, Case("densenet-bc-100-12", 64), Case("densenet-80-80", 128)]
+
+
+def steps_a_lap(case: Case, device: str) -> int:
+    return GPU_STEPS if device == "cuda" else LAP_STEPS[device].get(case.network, 4)
+
+
+def images(count: int) -> tuple[Split, str]:
+    """So many training images, and what they are."""
+    place = os.environ.get("BAN_FAST_DATA")
+    if place:
+        split = data.load("cifar100", directory=place, limit_train=count).train
+        return Split(split.images, split.labels, torch.arange(count)), "CIFAR-100"
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Split(pixels, torch.arange(count) % CLASSES, torch.arange(count)), "random images"
+
+
+def measure(case: Case, device: str, rounds: int = ROUNDS, names: tuple[str, ...] | None = None) -> Record:
+    """Every trainer's seconds a step, round by round in turn, and the shares of a step's parts."""
+    where, steps = torch.device(device), steps_a_lap(case, device)
+    torch.backends.cudnn.benchmark = True  # for all alike
+    split, what = images(steps * case.batch)
+    entries: dict[str, Record] = {}
+    ready: dict[str, Trainer] = {}
+    for name, make in trainers(where).items():
+        if names is not None and name not in names:
+            continue
+        begin = time.perf_counter()
+        entry: Record = {"off": None, "failed": None, "laps_s": [], "shares": None}
+        entries[name] = entry
+        try:
+            trainer = make(case, split, where)
+            entry["off"] = None if name == SUPERVISED else gradient_off(trainer)
+            for _ in range(2):  # compiles, records graphs, and fills the cache
+                trainer.epoch()
+        except Exception as error:
+            entry["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        entry["first_s"] = time.perf_counter() - begin
+        if entry["off"] is None or entry["off"] <= LIMITS[device]:
+            ready[name] = trainer
+    laps, failures = interleave({name: _lap(trainer, steps) for name, trainer in ready.items()}, rounds)
+    for name, each in laps.items():
+        entries[name]["laps_s"] = each
+    for name, error in failures.items():
+        entries[name]["failed"] = f"{type(error).__name__}: {error}"
+    seconds = {name: [parts(ready[name]) for _ in range(SHARE_ROUNDS)] for name in laps}
+    for name, several in seconds.items():
+        entries[name]["shares"] = _shares(several)
+    return {"case": asdict(case), "device": device, "images": what, "steps_a_lap": steps, "trainers": entries}
+
+
+def gradient_off(trainer: Trainer) -> float:
+    """How far its gradient of a batch is from that of the plain network in fp32, relative, in the 2-norm."""
+    batch = next(iter(trainer.batches()))
+    trainer.loss(trainer.forward(batch.images), trainer.teach(batch), batch).backward()
+    student, teacher = networks(trainer.case, trainer.device)
+    with torch.no_grad():
+        target = teacher(batch.images.contiguous()).softmax(1)
+    torch.nn.functional.cross_entropy(student(batch.images.contiguous()), target).backward()
+    found, truth = (
+        torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        for network in (trainer.network, student)
+    )
+    trainer.network.zero_grad()
+    return float((found - truth).norm() / truth.norm())
+
+
+def parts(trainer: Trainer) -> dict[str, float]:
+    """Seconds of each of `PARTS` in an epoch that waits for the device after every one."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def clock(part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        _wait(trainer)
+        spent[part] += time.perf_counter() - start
+
+    batches = iter(trainer.batches())
+    while True:
+        with clock("loader"):
+            batch = next(batches, None)
+        if batch is None:
+            return spent
+        with clock("teacher"):
+            taught = trainer.teach(batch)
+        with clock("student"):
+            logits = trainer.forward(batch.images)
+        leaf = logits.detach().requires_grad_()
+        with clock("loss"):
+            trainer.loss(leaf, taught, batch).backward()
+        with clock("student"):
+            logits.backward(leaf.grad)
+            trainer.update()
+
+
+def _shares(several: list[dict[str, float]]) -> dict[str, float]:
+    medians = {part: quantiles([spent[part] for spent in several])[1] for part in PARTS}
+    whole = sum(medians.values())
+    return {part: medians[part] / whole for part in PARTS}
+
+
+def _lap(trainer: Trainer, steps: int) -> Callable[[], float]:
+    def lap() -> float:
+        _wait(trainer)
+        start = time.perf_counter()
+        trainer.epoch()
+        _wait(trainer)
+        return (time.perf_counter() - start) / steps
+
+    return lap
+
+
+def _wait(trainer: Trainer) -> None:
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_apart(case: Case, device: str, rounds: int = ROUNDS, timeout: float | None = None) -> Record:
+    """`measure` in a process of its own. subprocess.SubprocessError where it fails, or takes too long."""
+    request = json.dumps({"case": asdict(case), "device": device, "rounds": rounds})
+    command = [sys.executable, "-m", "benchmarks.step", "--answer", request]
+    # The workers of compilers and of loaders go with the process that started them.
+    done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
+    record: Record = json.loads(done.stdout.splitlines()[-1])
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    parser.add_argument("--network", action="append", help="instead of this device's usual ones")
+    parser.add_argument("--batch", type=int, default=32, help="with --network")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", type=Path, help="write machine, versions and every lap there")
+    parser.add_argument("--answer", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.answer is not None:
+        request = json.loads(options.answer)
+        print(json.dumps(measure(Case(**request["case"]), request["device"], request["rounds"])))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = [Case(network, options.batch) for network in options.network or ()] or cases(device)
+    results = machine.describe(device) | {"steps": []}
+    for case in chosen:
+        record = measure_apart(case, device, options.rounds)
+        results["steps"].append(record)
+        print(f"{table(record)}\n", flush=True)
+    for verdict in targets.judge(results | {"records": []}):
+        if verdict.value is not None:
+            what, bound, _, found, met = verdict.cells
+            print(f"{met:>3}  {what}: {found} (asked {bound})")
+    if options.json is not None:
+        machine.write(options.json, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

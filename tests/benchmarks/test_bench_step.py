@@ -1,0 +1,101 @@
+"""The whole-step benchmark: all do the same work, shares are of a whole, targets are judged by rounds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import machine, step, step_figures, targets, trainers
+from benchmarks.step_figures import CACHED, COMPOSED, LIVE, NAIVE, SUPERVISED, Case, Record
+
+SMALL = Case("wrn-10-1", 4)
+
+
+@pytest.fixture(scope="module")
+def record() -> Record:
+    everyone = trainers.trainers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("BAN_FAST_DATA", raising=False)
+        patch.setattr(step, "trainers", lambda device: {k: v for k, v in everyone(device).items() if k != COMPOSED})
+        return step.measure(SMALL, "cpu", rounds=2)
+
+
+def test_all_have_times_of_the_right_gradient(record: Record) -> None:
+    assert list(record["trainers"]) == [NAIVE, LIVE, CACHED, SUPERVISED]
+    assert record["images"] == "random images"
+    for name, entry in record["trainers"].items():
+        assert entry["failed"] is None, entry["failed"]
+        assert len(entry["laps_s"]) == 2
+        assert sum(entry["shares"].values()) == pytest.approx(1)
+        assert (entry["off"] is None) if name == SUPERVISED else (entry["off"] <= step.LIMITS["cpu"])
+    shares = {name: entry["shares"]["teacher"] for name, entry in record["trainers"].items()}
+    assert shares[SUPERVISED] < shares[CACHED] < shares[LIVE]
+    assert "| ours, teacher cached | " in step_figures.table(record)
+
+
+@pytest.mark.parametrize("name", [NAIVE, LIVE, CACHED])
+def test_an_epoch_updates_once_a_batch(name: str) -> None:
+    split, _ = step.images(12)
+    trainer = trainers.trainers(torch.device("cpu"))[name](SMALL, split, torch.device("cpu"))
+    before = [parameter.clone() for parameter in trainer.network.parameters()]
+    taught = [parameter.clone() for parameter in trainer.teacher_network.parameters()]
+    norm = next(module for module in trainer.network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    trainer.epoch()
+    assert norm.num_batches_tracked == 3
+    assert all(not torch.equal(new, old) for new, old in zip(trainer.network.parameters(), before, strict=True))
+    assert all(torch.equal(new, old) for new, old in zip(trainer.teacher_network.parameters(), taught, strict=True))
+    assert sum(len(batch.labels) for batch in trainer.batches()) == 12
+
+
+def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BAN_FAST_DATA", raising=False)
+
+    class Wrong(trainers.Ours):
+        def loss(self, logits, taught, batch):
+            return 2 * super().loss(logits, taught, batch)
+
+    class Broken(trainers.Ours):
+        def teach(self, batch):
+            raise RuntimeError("no teacher\nat all")
+
+    monkeypatch.setattr(step, "trainers", lambda device: {"wrong": Wrong, "broken": Broken})
+    found = step.measure(SMALL, "cpu", rounds=1)
+    assert found["trainers"]["wrong"]["off"] == pytest.approx(1)
+    assert found["trainers"]["wrong"]["laps_s"] == []
+    assert found["trainers"]["broken"]["failed"] == "RuntimeError: no teacher"
+    lines = step_figures.table(found).splitlines()
+    assert lines[-2].startswith("| wrong | no time |")
+    assert lines[-1].startswith("| broken | RuntimeError: no teacher |")
+
+
+def test_targets_are_judged_round_by_round() -> None:
+    shares = {"loader": 0.01, "loss": 0.015, "teacher": 0.005, "student": 0.97}
+
+    def entry(*laps: float) -> Record:
+        return {"off": None, "failed": None, "laps_s": list(laps), "shares": shares}
+
+    # The machine slowed down twofold in the second round, for both.
+    steps = [{"case": {"network": "wrn-16-1", "batch": 32}, "trainers": {CACHED: entry(1.02, 2.04, 1.03)}}]
+    steps[0]["trainers"][SUPERVISED] = entry(1.0, 2.0, 1.0)
+    judged = targets.judge({"device": "cpu", "records": [], "steps": steps})
+    found = {verdict.target.what: verdict for verdict in judged if verdict.value is not None}
+    ratio, share = found.values()
+    assert "wrn-16-1" in ratio.target.what
+    assert ratio.value == pytest.approx(1.02)
+    assert ratio.met
+    assert share.value == pytest.approx(2.5)
+    assert share.met
+    assert all("step" in what for what in found)
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path) -> None:
+    path = tmp_path / "step.json"
+    command = [sys.executable, "-m", "benchmarks.step", "--network", SMALL.network, "--batch", "4", "--rounds", "2"]
+    done = subprocess.run([*command, "--json", str(path)], cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    assert "wrn-10-1, batch 4" in done.stdout
+    (record,) = json.loads(path.read_text())["steps"]
+    assert list(record["trainers"]) == [NAIVE, COMPOSED, LIVE, CACHED, SUPERVISED]
+    assert all(len(entry["laps_s"]) == 2 for entry in record["trainers"].values())

@@ -21,6 +21,9 @@ class OptionError(UserError):
         self.field = field
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type["OptionError"], tuple[str, str]]:
+        return type(self), (self.field, self.problem)  # pickled, it travels from one process to the others
+
 
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The rest of a message on an unknown name: "; did you mean 'x'?" with the nearest valid one, else a list."""

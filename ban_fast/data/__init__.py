@@ -3,7 +3,7 @@
 from .augment import Augmentation
 from .corpus import Corpus
 from .dataset import Dataset, Split, StoredSplit
-from .loaders import Batch, ImageLoader, KeyedLoader, Loader, MemoryLoader
+from .loaders import Batch, ImageLoader, KeyedLoader, Loader, MemoryLoader, Shard
 from .ptb import load_corpus
 from .registry import load, load_stored, names, prepare, prepare_ffcv
 from .streamed import FFCVLoader, TorchLoader, open_loader
@@ -20,6 +20,7 @@ __all__ = [
     "KeyedLoader",
     "Loader",
     "MemoryLoader",
+    "Shard",
     "Split",
     "StoredSplit",
     "StreamLoader",

@@ -1,7 +1,8 @@
 """Loaders: what the training loop takes batches from.
 
 All of them serve an epoch with `epoch(number, start)`. On every `KeyedLoader` its order and its views are functions of
-(seed, epoch, sample id), so any epoch can be had again from any batch on, and each of them serves the same bits.
+(seed, epoch, sample id), so any epoch can be had again from any batch on, and each of them serves the same bits. With a
+`shard` it serves that part of each batch: all shards together are the batches of one process.
 """
 
 from collections.abc import Generator, Iterator
@@ -29,6 +30,27 @@ class Batch(NamedTuple):
     """int64 [B]: which samples these are."""
     views: Tensor
     """int64 [B]: which of its views each sample shows; 0 where there is but one."""
+
+
+class Shard(NamedTuple):
+    """One of several parts that every batch is cut into: that of one process, where several train together.
+
+    The order of a batch is keyed by sample ids, so they alone say which sample is whose.
+    """
+
+    number: int = 0
+    of: int = 1
+    beside: int = 1
+    """Processes on this machine that load a part."""
+
+    def cut(self, batch: slice) -> slice:
+        """This part of a batch; the parts of one differ by a sample at most."""
+        size = batch.stop - batch.start
+        first, last = (batch.start + number * size // self.of for number in (self.number, self.number + 1))
+        return slice(first, last)
+
+
+WHOLE = Shard()
 
 
 class Loader(Protocol):
@@ -74,6 +96,7 @@ class KeyedLoader:
         device: torch.device,
         shuffle: bool,
         drop_last: bool,
+        shard: Shard = WHOLE,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -86,6 +109,7 @@ class KeyedLoader:
         self._device = device
         self._shuffle = shuffle
         self._drop_last = drop_last and len(labels) >= batch_size
+        self._shard = shard
         self.num_classes_hint = int(labels.max()) + 1
 
     def __len__(self) -> int:
@@ -97,6 +121,11 @@ class KeyedLoader:
         """Batches in an epoch; fewer samples than one batch are one batch of all, `drop_last` or not."""
         whole, rest = divmod(len(self._labels), self._batch_size)
         return whole + (1 if rest and not self._drop_last else 0)
+
+    @property
+    def whole_batch(self) -> int:
+        """Samples of a batch, all shards' together."""
+        return min(self._batch_size, len(self._labels))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `epoch` from number `start` on: the same as the whole epoch's, without the work."""
@@ -114,7 +143,8 @@ class KeyedLoader:
         else:
             order = torch.arange(len(self._labels), device=self._device)
         labels, ids, views = self._labels[order], self._sample_ids[order], self._views(epoch)[order]
-        parts = [slice(step * self._batch_size, (step + 1) * self._batch_size) for step in steps]
+        size, count = self._batch_size, len(order)
+        parts = [self._shard.cut(slice(step * size, min((step + 1) * size, count))) for step in steps]
         # Closed at once where an epoch is left early: what reads ahead has threads or processes to end.
         with closing(self._images(order, views, parts)) as batches:
             for part, images in zip(parts, batches, strict=True):
@@ -152,6 +182,7 @@ class ImageLoader(KeyedLoader, Generic[AnySplit]):
         drop_last: bool = True,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
+        shard: Shard = WHOLE,
     ) -> None:
         device = torch.device(device)
         super().__init__(
@@ -162,6 +193,7 @@ class ImageLoader(KeyedLoader, Generic[AnySplit]):
             device=device,
             shuffle=shuffle,
             drop_last=drop_last,
+            shard=shard,
         )
         height, width, channels = split.shape
         if not len(mean) == len(std) == channels:

@@ -57,10 +57,12 @@ class TorchLoader(StreamedLoader):
     """Reads its images with a DataLoader's worker processes: for datasets larger than memory."""
 
     workers: int | None = None
-    """Processes; None: as many as there are cores, at most 16. 0 reads in this process."""
+    """Processes; None: as many as there are cores, a shard's share of them, at most 16. 0 reads in this process."""
 
     def _stored(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
-        workers = min(cores(), _MOST_WORKERS) if self.workers is None else self.workers
+        workers = self.workers
+        if workers is None:
+            workers = min(max(cores() // self._shard.beside, 1), _MOST_WORKERS)
         loader: DataLoader[Tensor | UserError] = DataLoader(
             _Reading(self._split.read),
             sampler=[ids.numpy() for ids in batches],  # a tensor would travel as a file in shared memory
@@ -90,7 +92,8 @@ class FFCVLoader(StreamedLoader):
 
     def _stored(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
         assert self._split.beton is not None
-        stream = self._split.beton.reader(self._batch_size).stream(torch.cat(batches))
+        # FFCV cuts into batches of one size: those of a shard are of one, but for the last of an epoch.
+        stream = self._split.beton.reader(len(batches[0])).stream(torch.cat(batches))
         with closing(stream):
             for slot in stream:
                 # FFCV fills the slot anew when the next batch is asked for. On a CPU, what is shown is a copy by then;

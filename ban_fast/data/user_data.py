@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..errors import UserError
-from .loaders import Batch, KeyedLoader
+from .loaders import WHOLE, Batch, KeyedLoader, Shard
 
 
 class TensorLoader(KeyedLoader):
@@ -33,6 +33,7 @@ class TensorLoader(KeyedLoader):
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
         num_classes: int | None = None,
+        shard: Shard = WHOLE,
     ) -> None:
         """`num_classes`: labels from there on are an error; None: any label counts as a class."""
         x, y = _samples(x), _labels(y)
@@ -48,6 +49,7 @@ class TensorLoader(KeyedLoader):
             device=device,
             shuffle=shuffle,
             drop_last=drop_last,
+            shard=shard,
         )
         self.sample_shape = tuple(x.shape[1:])
         self._stored = x.to(device)

@@ -1,0 +1,195 @@
+"""A run in several processes (ranks), one a GPU: who they are, which part of a batch is whose, and how they agree.
+
+`torchrun` starts them and says so in the environment; a process group that is there already is used as it is. Whatever
+decides what happens next - a signal, the clock, a loss that is not finite, an error - is agreed on by all: a rank that
+went its own way would leave the others waiting. Such words go over gloo, between the hosts: no GPU is waited for.
+"""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..data import Shard
+from ..errors import OptionError
+
+T = TypeVar("T")
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "socket", "process group")
+
+
+class RankLost(Exception):
+    """Another process of the run has ended, or can't be reached any more. The last checkpoint stands."""
+
+
+class Ranks:
+    """The processes of one run, seen from one of them. One that is alone waits for nobody."""
+
+    def __init__(self, rank: int = 0, size: int = 1, *, local_rank: int = 0, local_size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._local_rank, self._local_size = local_rank, local_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other."""
+        return self.size == 1
+
+    @property
+    def shard(self) -> Shard:
+        """The part of every batch that is this rank's."""
+        return Shard(self.rank, self.size, self._local_size)
+
+    def device(self, device: torch.device) -> torch.device:
+        """This rank's own of the devices of a kind. OptionError if its machine has fewer than ranks."""
+        if self.is_alone or device.type != "cuda":
+            return device
+        count = torch.cuda.device_count()
+        if self._local_size > count:
+            raise OptionError(
+                "device",
+                f"{self._local_size} processes were started on a machine with {count} GPU{'s' * (count > 1)}, and each "
+                f"needs its own: use --nproc-per-node {count}, or cpu",
+            )
+        return torch.device("cuda", self._local_rank)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, now the sum over all ranks."""
+        if not self.is_alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Which of the flags any rank has."""
+        if self.is_alone:
+            return flags
+        word = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(word, dist.ReduceOp.MAX)
+        return tuple(map(bool, word.tolist()))
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.is_alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What rank 0, which alone does the work, gets from it: for all. What it raises, all raise."""
+        if self.is_alone:
+            return work()
+        said: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                said[0] = work()
+            except Exception as error:
+                said[1] = _portable(error)
+                dist.broadcast_object_list(said)
+                raise
+        dist.broadcast_object_list(said)
+        if said[1] is not None:
+            raise said[1]
+        return said[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """What one rank raises inside, all raise afterwards. Inside, nothing may be exchanged."""
+        if self.is_alone:
+            yield
+            return
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        problems = self.gather(None if own is None else _portable(own))
+        if own is not None:
+            raise own
+        for problem in problems:
+            if problem is not None:
+                raise problem
+
+    def copy(self, network: nn.Module) -> None:
+        """Give every rank's network the parameters and buffers of rank 0's."""
+        if self.is_alone:
+            return
+        with torch.no_grad():
+            for tensor in network.state_dict().values():
+                if isinstance(tensor, Tensor):
+                    held = tensor.contiguous()
+                    dist.broadcast(held, 0)
+                    tensor.copy_(held)
+
+    def leave(self) -> None:
+        """From now on this rank is alone: what is asked of it, it does by itself."""
+        self.rank, self.size = 0, 1
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks of this run: the default process group, torchrun's processes, or this process alone.
+
+    `device` is a configuration's. RankLost where another of them ends before this one.
+    """
+    if not dist.is_available():
+        yield Ranks()
+        return
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        if not was_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+            yield Ranks()
+            return
+        uses_gpus = device != "cpu" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpus else "gloo")
+    ranks = _of_default_group()
+    try:
+        yield ranks
+        if not ranks.is_alone:
+            dist.barrier(device_ids=None)  # nobody leaves while another is still at work: torchrun would end that one
+    except RuntimeError as error:
+        if ranks.is_alone or not _is_loss(error):
+            raise
+        raise RankLost(str(error).strip().split("\n")[0]) from error
+    finally:
+        ranks.leave()
+        if is_ours and dist.get_backend() == "gloo":
+            dist.destroy_process_group()  # NCCL's would wait for kernels that wait for a rank that has gone
+
+
+def was_launched() -> bool:
+    """Whether this process is one of torchrun's."""
+    return all(name in os.environ for name in _LAUNCHED)
+
+
+def _of_default_group() -> Ranks:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if was_launched():
+        local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    else:  # by whoever made the group: on one machine, for all we know
+        local_rank, local_size = rank, size
+    return Ranks(rank, size, local_rank=local_rank, local_size=local_size)
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in _SIGNS_OF_LOSS)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can travel: itself, or its text where it can't be pickled and made anew."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -29,13 +29,15 @@ def _share(network: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
         network.sync_statistics = True
         return
     for name, module in list(network._modules.items()):
+        if module is None:
+            continue
         if type(module) in _KNOWN:
             setattr(network, name, made.setdefault(module, SharedBatchNorm(cast(_BatchNorm, module))))
         elif isinstance(module, _BatchNorm) and not isinstance(module, (nn.SyncBatchNorm, SharedBatchNorm)):
             raise OptionError(
                 "sync_statistics", f"the network's {type(module).__name__} is not one of torch's own; leave it out"
             )
-        elif module is not None:
+        else:
             _share(module, made)
 
 

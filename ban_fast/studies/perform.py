@@ -1,0 +1,61 @@
+"""A run of a study: the very same `training.run`, begun or gone on with, its teacher that of the run it waited for."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..evaluation.run_directory import CONFIG
+from ..training import Observer, Plan, run
+from ..training.locks import InUse
+from .study import Study
+
+_PATIENCE = 60.0
+"""Seconds for a process whose starter was killed to save its run and leave its directory."""
+
+
+def perform(directory: Path, name: str, stop: threading.Event, notes: list[str]) -> None:
+    """Bring the run to its end. What `training.run` raises, Interrupted once `stop` is set among it."""
+    planned = Study.load(directory)[name]
+    path, observer = directory / name, _Teller(notes)
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            run(
+                planned.config,
+                out=path,
+                resume=(path / CONFIG).exists(),
+                teacher_from=None if planned.teacher is None else directory / planned.teacher,
+                observer=observer,
+                should_stop=stop.is_set,
+            )
+            return
+        except InUse:
+            if time.monotonic() > until or stop.wait(0.2):
+                raise
+
+
+class _Teller(Observer):
+    """Prints what happens, for the log, and keeps what a person should read."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self._notes = notes
+
+    def run_started(self, config: Config, plan: Plan) -> None:
+        print(
+            f"{plan.parameters:,} parameters on {plan.device}, {plan.generations} generations of {plan.steps:,} steps"
+        )
+
+    def generation_started(self, generation: int, objective: str, total_steps: int, done_steps: int) -> None:
+        print(f"generation {generation} ({objective}) from step {done_steps:,}", flush=True)
+
+    def teacher_chosen(self, generation: int, text: str) -> None:
+        print(f"generation {generation}: teacher {text}", flush=True)
+
+    def generation_finished(self, generation: int, record: dict[str, Any]) -> None:
+        print(f"generation {generation}: {record.get('test')}", flush=True)
+
+    def message(self, text: str) -> None:
+        self._notes.append(text)
+        print(f"note: {text}", flush=True)

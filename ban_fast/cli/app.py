@@ -12,6 +12,7 @@ from .. import __version__
 from ..config import AMP_MODES, CACHE_DTYPES, DEVICES, LOADERS, OBJECTIVES, SCHEDULES, TEACHERS
 from ..errors import UserError, suggest
 from .flags import Request
+from .inherit import with_flags_of
 from .signals import Signals
 
 
@@ -89,7 +90,14 @@ def _main(
         print(ctx.get_help(), end="")
 
 
-_RUN, _IMAGES, _NETWORKS, _TRAINING, _MACHINE = "Run", "Images", "Networks and teaching", "Training", "Machine"
+_SWEEP, _RUN, _IMAGES, _NETWORKS, _TRAINING, _MACHINE = (
+    "Sweep",
+    "Run",
+    "Images",
+    "Networks and teaching",
+    "Training",
+    "Machine",
+)
 
 # Option types by their looks in --help: S takes text, N a whole number, F a real one.
 
@@ -256,7 +264,71 @@ def train(
     return commands.train(ctx.obj, ctx.params)
 
 
-_Run = Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run.", parser=_text, show_default=False)]
+_SWEEP = "Sweep"
+
+
+@app.command()
+@with_flags_of(train, without={"seed", "students", "out", "resume"})
+def sweep(
+    ctx: typer.Context,
+    seeds: Annotated[
+        str | None, _flag("--seeds", "N,N,...", "A run for each of these seeds; 0-4 stands for 0,1,2,3,4.", _SWEEP)
+    ] = None,
+    vary: Annotated[
+        list[str] | None,
+        _flag(
+            "--vary",
+            "KEY=V,V,...",
+            "A run for each of these values of a flag of train (objective=ban,ban+l) or a configuration key "
+            "(optimizer.momentum=0,0.9); repeatable: every combination.",
+            _SWEEP,
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        _flag("--out", "DIR", "Directory of the study, each run in DIR/NAME. Default: runs/sweep-...", _SWEEP),
+    ] = None,
+    resume: Annotated[
+        bool, _switch("--resume", "Do what is left of the study in --out; its flags may be left out.", _SWEEP)
+    ] = False,
+    engine: Annotated[
+        str | None,
+        _flag(
+            "--engine",
+            "auto|local|ray",
+            "Processes of this machine, or Ray's cluster, whose machines must share --out. Default: Ray if RAY_ADDRESS "
+            "is set.",
+            _SWEEP,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        _flag("--workers", "N", "Runs at once. Default: one for each GPU, or core.", _SWEEP, _whole),
+    ] = None,
+    cpus_per_run: Annotated[
+        float | None,
+        _flag("--cpus-per-run", "F", "Cores, and so threads, of each. Default: an equal share.", _SWEEP, _real),
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, _flag("--gpus-per-run", "F", "GPUs of each; 0.5 lets two runs share one.", _SWEEP, _real)
+    ] = None,
+    retries: Annotated[
+        int | None,
+        _flag("--retries", "N", "Times that a run is tried again from its checkpoint. Default: 2.", _SWEEP, _whole),
+    ] = None,
+) -> int:
+    """Train many runs: seeds, objectives, networks, or whatever is varied; all other flags are those of train.
+
+    Runs that would train the same teacher share one. A table of means and standard deviations over seeds ends it.
+    """
+    from .sweep import sweep as execute
+
+    return execute(ctx.obj, ctx.params)
+
+
+_Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="Directory of a run, or a sweep.", parser=_text, show_default=False)
+]
 _DataDir = Annotated[
     str | None, _flag("--data-dir", "DIR", "The dataset's directory, or its parent. Default: as the run had it.")
 ]
@@ -310,7 +382,7 @@ def report(
     run: _Run,
     out: Annotated[str | None, _flag("--out", "DIR", "Directory for the plots. Default: RUN/report.")] = None,
 ) -> int:
-    """Print a run's table, and draw error by generation, learning curves and reliability as PNG."""
+    """Print a run's table, and draw error by generation, learning curves and reliability as PNG; a study's table."""
     from . import commands
 
     return commands.report(ctx.obj, run, out)

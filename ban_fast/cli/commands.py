@@ -24,9 +24,9 @@ def train(session: Session, values: flags.Values) -> int:
     session.request = flags.resumed(values, Path(values["out"])) if resume else flags.requested(values)
     config = session.request.config
     config.validate()
-    out = Path(values["out"]) if values["out"] is not None else _new_directory(config.recipe)
+    out = Path(values["out"]) if values["out"] is not None else new_directory(config.recipe)
     signals.remark = " before training began"
-    _find_own_modules()
+    find_own_modules()
     from .. import training
     from ..evaluation import RunDirectory
     from ..report import table
@@ -42,7 +42,7 @@ def train(session: Session, values: flags.Values) -> int:
             raise Stopped from None
     signals.answer, signals.remark = "raise", " after training had ended"
     for run in _runs(out, config):
-        _print(table(RunDirectory(run)))
+        print_content(table(RunDirectory(run)))
     print(f"plots: ban-fast report {shlex.quote(str(out))}")
     return 0
 
@@ -50,7 +50,7 @@ def train(session: Session, values: flags.Values) -> int:
 def evaluate(session: Session, run: str, members: str | None, data_dir: str | None) -> int:
     """`ban-fast evaluate`."""
     chosen = None if members is None else _members(members)
-    _find_own_modules()
+    find_own_modules()
     from .. import training
     from ..evaluation import RunDirectory
     from ..report import table
@@ -59,7 +59,7 @@ def evaluate(session: Session, run: str, members: str | None, data_dir: str | No
     directory = RunDirectory(run)
     for path in _runs(directory.path, flags.read(directory.path / "config.json", "RUN")):
         figures = training.evaluate_run(path, members=chosen, data_dir=data_dir)
-        _print(table(RunDirectory(path), figures))
+        print_content(table(RunDirectory(path), figures))
     return 0
 
 
@@ -67,15 +67,21 @@ def report(session: Session, run: str, out: str | None) -> int:
     """`ban-fast report`."""
     import matplotlib.figure  # noqa: F401  before signals may interrupt an import
 
+    from .. import studies
     from ..evaluation import RunDirectory
     from ..report import plots, table
 
     session.signals.answer = "raise"
+    if (Path(run) / studies.STUDY).exists():
+        if out is not None:
+            raise UserError(f"--out: {run} is a study, which has a table and no plots; report one of its runs")
+        print_content(studies.table(run))
+        return 0
     directory = RunDirectory(run)
     config = flags.read(directory.path / "config.json", "RUN")
     for path in _runs(directory.path, config):
         below = path.relative_to(directory.path)  # "." for a run by itself
-        _print(table(RunDirectory(path)))
+        print_content(table(RunDirectory(path)))
         for plot in plots(RunDirectory(path), path / "report" if out is None else Path(out) / below):
             print(plot)
     return 0
@@ -114,12 +120,12 @@ def _runs(path: Path, config: Config) -> list[Path]:
     return [path / STUDENT_FOLDERS[name] for name in config.students] or [path]
 
 
-def _find_own_modules() -> None:
+def find_own_modules() -> None:
     """Let `--model module:factory` name a file of the current directory. Last in line, so that it hides no other."""
     sys.path.append(os.getcwd())
 
 
-def _new_directory(recipe: str) -> Path:
+def new_directory(recipe: str) -> Path:
     """runs/RECIPE-DATE-TIME; with a number after it where a run of the same second has the name."""
     word = re.sub(r"[^\w.+-]", "_", recipe).lstrip(".")  # a file's recipe can be any text, a path too
     base = Path("runs") / (word + time.strftime("-%Y%m%d-%H%M%S"))
@@ -136,7 +142,7 @@ def _members(text: str) -> list[int]:
         raise UserError(f"--members must be generations with commas between, 1,2 for example, got {text!r}") from None
 
 
-def _print(content: Any) -> None:
+def print_content(content: Any) -> None:
     """On a terminal as wide as it is, or 80 columns, or figures would be cut; 120 columns where it goes to a file."""
     from rich.console import Console
 

@@ -80,10 +80,10 @@ def requested(values: Values) -> Request:
         raise UserError("--config and --recipe each give a whole configuration; leave one of them out")
     if values["config"] is not None:
         file = Path(values["config"])
-        return _overridden(Request(read(file, "--config"), file), values)
+        return overridden(Request(read(file, "--config"), file), values)
     if values["recipe"] is not None:
-        return _overridden(Request(_recipe(values["recipe"])), values)
-    return _overridden(Request(recipes.get(_BASES.get(values["data"] or "digits", "paper"))), values)
+        return overridden(Request(_recipe(values["recipe"])), values)
+    return overridden(Request(recipes.get(_BASES.get(values["data"] or "digits", "paper"))), values)
 
 
 def resumed(values: Values, directory: Path) -> Request:
@@ -95,7 +95,7 @@ def resumed(values: Values, directory: Path) -> Request:
     if values["config"] is not None:
         asked = requested(values)
     else:
-        asked = _overridden(Request(read(file, "--resume"), file), values)
+        asked = overridden(Request(read(file, "--resume"), file), values)
         if values["recipe"] is not None:
             asked.config.recipe = _recipe(values["recipe"]).recipe
             asked.given.add("recipe")
@@ -132,7 +132,7 @@ def read(file: Path, option: str) -> Config:
         raise UserError(f"{option}: {file} is not a configuration in JSON, or is cut short: {error}") from None
 
 
-def _overridden(request: Request, values: Values) -> Request:
+def overridden(request: Request, values: Values) -> Request:
     """`request` with every flag given put into its configuration."""
     config = request.config
     if values["objective"] is not None and values["students"] is not None:
@@ -150,7 +150,7 @@ def _overridden(request: Request, values: Values) -> Request:
         if path == "objective.name" and value != config.objective.name:
             config.objective.kd_weight = config.objective.label_weight = None
         if path in ("data.name", "data.directory", "teacher.cache_directory"):
-            value = _absolute(path, value)
+            value = absolute(path, value)
         section, _, key = path.rpartition(".")
         setattr(getattr(config, section) if section else config, key, value)
         request.given.add(path)
@@ -160,7 +160,7 @@ def _overridden(request: Request, values: Values) -> Request:
     return request
 
 
-def _absolute(path: str, value: str) -> str:
+def absolute(path: str, value: str) -> str:
     """Folders are recorded with their whole path: the run may be resumed, or repeated, from another place."""
     folder = Path(value).expanduser()
     if path == "data.name" and (value in _BASES or not folder.is_dir()):

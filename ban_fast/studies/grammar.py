@@ -61,11 +61,14 @@ def parsed(path: str, texts: Sequence[str], name: str) -> list[Any]:
     return values
 
 
+def is_key(path: str) -> bool:
+    """Whether a value can be set there; the network's own arguments are known to the network alone."""
+    return path in keys() or (path.startswith(_OPTIONS) and path.removeprefix(_OPTIONS).isidentifier())
+
+
 def check_key(path: str) -> None:
     """UserError unless a value can be set there, with the nearest key where one can."""
-    if path.startswith(_OPTIONS) and path.removeprefix(_OPTIONS).isidentifier():
-        return
-    if path not in keys():
+    if not is_key(path):
         raise UserError(f"unknown configuration key {path!r}{suggest(path, keys())}")
 
 

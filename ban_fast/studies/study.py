@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +93,10 @@ class Study:
 
     def __getitem__(self, name: str) -> StudyRun:
         return next(run for run in self.runs if run.name == name)
+
+    def with_configs(self, configs: Sequence[Config]) -> "Study":
+        """The same runs with other configurations, one for each in order."""
+        return Study(tuple(replace(run, config=config) for run, config in zip(self.runs, configs, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
         """What study.json holds; `from_dict` takes it back."""

@@ -156,10 +156,10 @@ def _cell(metric: str, spread: Spread | None, sign: str = "") -> str:
 
 def _title(study: Study) -> str:
     runs = [run for run in study.runs if not run.is_helper]
-    configs = [run.config.to_dict() for run in runs]
+    titles = {describe.title({**run.config.to_dict(), "generations": 0}) for run in runs}  # without the objective
     seeds = len({run.config.seed for run in runs})
-    common = describe.title(configs[0]) if len({describe.title(config) for config in configs}) == 1 else "study"
-    return f"{common}, {len(runs)} runs, {seeds} seed{'s' * (seeds > 1)}"
+    about = titles.pop() if len(titles) == 1 else "several tasks"
+    return f"{about}, {len(runs)} run{'s' * (len(runs) > 1)}, {seeds} seed{'s' * (seeds > 1)}"
 
 
 def _missing(directory: Path, study: Study) -> list[str]:

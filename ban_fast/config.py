@@ -20,6 +20,17 @@ PADDINGS = ("reflect", "zero")
 LOADERS = ("memory", "torch", "ffcv")
 TEACHERS = ("live", "cache", "auto")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    dict[str, Any]: "an object",
+    tuple[str, ...]: "a list of strings",
+    tuple[float, ...]: "a list of numbers",
+    type(None): "null",
+}
+"""Types of fields in the words of JSON."""
 
 
 @dataclass(kw_only=True)
@@ -320,7 +331,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             continue
         if isinstance(value, origin):
             return
-    wanted = " or ".join("null" if k is type(None) else (typing.get_origin(k) or k).__name__ for k in accepted)
+    wanted = " or ".join(_KINDS[kind] for kind in accepted)
     raise OptionError(name, f"must be {wanted}, got {value!r}")
 
 

@@ -33,6 +33,14 @@ class LossOutput(NamedTuple):
     gradient is stored at the largest power of two that cannot overflow, so that an AMP loss scale that comes
     later still finds its bits."""
 
+    def of_no_rows(self) -> "LossOutput":
+        """Itself, filled for an empty batch, which no kernel is launched for."""
+        for term in (self.loss, self.kd, self.label):
+            term.zero_()
+        if self.grad_scale is not None:
+            self.grad_scale.fill_(1)
+        return self
+
 
 class Backend(Protocol):
     """The functions every backend offers. No argument is changed, and none syncs the host with a GPU."""

@@ -70,7 +70,7 @@ def kd(
     """See `interface.Backend.kd`. One launch; one more, before it, counts the rows kept of more than 4096 labels."""
     output = _allocate(student, reduction, need_grad)
     if student.shape[0] == 0:
-        return _of_no_rows(output)
+        return output.of_no_rows()
     labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
     place = _place(student.device)
     scratch, counter = _workspace(student.device, place)
@@ -106,7 +106,7 @@ def dkpp(
     """See `interface.Backend.dkpp`. Launches as `kd`."""
     output = _allocate(student, reduction, need_grad)
     if student.shape[0] == 0:
-        return _of_no_rows(output)
+        return output.of_no_rows()
     labels, teacher_rows, sample_ids = _contiguous(labels), _contiguous(teacher_rows), _contiguous(sample_ids)
     place = _place(student.device)
     scratch, counter = _workspace(student.device, place)
@@ -138,7 +138,7 @@ def cwtm(
     loss's, adds up the confidences of more than 4096 rows."""
     output = _allocate(student, "sum", need_grad)
     if student.shape[0] == 0:
-        return _of_no_rows(output)
+        return output.of_no_rows()
     labels, teacher_rows = labels.contiguous(), _contiguous(teacher_rows)
     source = teacher if confidence is None else confidence.unsqueeze(1)
     assert source is not None, "cwtm needs the teacher's logits or its confidence"
@@ -237,15 +237,6 @@ def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOut
         if student.dtype == torch.float16:
             grad_scale = student.new_empty((), dtype=loss.dtype)
     return LossOutput(loss, torch.empty_like(loss), torch.empty_like(loss), grad, grad_scale)
-
-
-def _of_no_rows(output: LossOutput) -> LossOutput:
-    """`output` for an empty batch, which no kernel is launched for."""
-    for term in (output.loss, output.kd, output.label):
-        term.zero_()
-    if output.grad_scale is not None:
-        output.grad_scale.fill_(1)
-    return output
 
 
 def _keyed(seed: int, step: Tensor | int, sample_ids: Tensor | None) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def lines(data_dir: str | None) -> Iterator[str]:
         ("versions", _versions()),
         ("devices", _devices()),
         ("backends of the losses", _backends()),
-        (f"datasets, in {root}", _datasets(root)),
+        (f"datasets, in {root}", _datasets(root, data_dir)),
         ("optional packages", {name: _version(name) for name in _OPTIONAL} | {"ffcv": _ffcv()}),
     ):
         yield title
@@ -107,9 +108,10 @@ def _auto(device: str) -> str:
     return f"{count} of {cells.total()} cells, measured {measured.date[:10]} on {measured.machine}"
 
 
-def _datasets(root: Path) -> dict[str, str]:
+def _datasets(root: Path, data_dir: str | None) -> dict[str, str]:
     found = {"digits": "bundled"}
+    where = "" if data_dir is None else f" --data-dir {shlex.quote(data_dir)}"
     for name, published in cifar.CIFAR.items():
         place = cifar.locate(published, root)
-        found[name] = f"not there; `ban-fast prepare {name}` downloads it" if place is None else str(place)
+        found[name] = f"not there; `ban-fast prepare {name}{where}` downloads it" if place is None else str(place)
     return found

@@ -1,9 +1,9 @@
 """Files of FFCV's: the images of one part of a dataset, raw, with their labels; written and checked without FFCV.
 
 The layout is version 2 of FFCV's own (`ffcv/types.py`): a header, one descriptor a field, a row a sample, pages of
-pixels, and a table of where each sample's pixels lie. Any FFCV reads it. What the file is of, and how long it must be,
-is noted in the part of the label's descriptor that FFCV leaves empty. FFCV's writer is not used: it waits for ever
-where one of its processes fails, on a full disk for example.
+pixels, and a table of where each sample's pixels lie. Any FFCV reads it. What the file is of, how long it must be, and
+a checksum of all other bytes are noted in the part of the label's descriptor that FFCV leaves empty. FFCV's writer is
+not used: it waits for ever where one of its processes fails, on a full disk for example.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .checksum import checksum, is_whole, put_stamp
 from .dataset import Part, Shape
+from .download import Progress
 
 if TYPE_CHECKING:
     from .ffcv_reader import Reader
@@ -45,33 +46,46 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _VERSION, _ARRAY_FIELD, _INT_FIELD = 2, 4, 1
 _SMALLEST_PAGE = 1 << 23
 """FFCV's own default, 8 MiB; larger where an image is."""
-_NOTE = "ban_fast"
+_NOTE, _NOTE_FORMAT = "ban_fast", 2
+_NOTED = {_NOTE: int, "what": str, "bytes": int, "fingerprint": str, "checksum": str}
+_LABEL = slice(HEADER.itemsize + FIELD.itemsize, HEADER.itemsize + 2 * FIELD.itemsize)
+"""Where the label's descriptor is: behind the image's, and before the samples."""
 
 
 class Beton:
     """A file of one part of a dataset, looked at closely enough to be read without surprises."""
 
-    def __init__(self, path: Path, part: Part, what: str, command: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        part: Part,
+        what: str,
+        command: str,
+        *,
+        trust_stamp: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
         """`what` the file should hold ("cifar100 train"); `command` writes it.
 
+        All of it is read, to see that it is what was written, and `progress` told. With `trust_stamp`, not if that was
+        done before, and the file is large and was not touched since.
+
         Raises:
-            UserError: not there, cut short, of other images, or no file of ours; the line names `command`.
+            UserError: not there, cut short, damaged, of other images, or no file of ours; the line names `command`.
         """
         self.path = path
         self._readers: dict[int, Reader] = {}
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                head = file.read(HEADER.itemsize + 2 * FIELD.itemsize)
+                head = file.read(_LABEL.stop)
         except FileNotFoundError:
             raise UserError(f"there is no {path} for FFCV to read; write it with `{command}`") from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         note = _note(head)
         if note is None:
-            problem = (
-                "is cut short" if len(head) < HEADER.itemsize + 2 * FIELD.itemsize else "is not a file of ban-fast's"
-            )
+            problem = "is cut short" if len(head) < _LABEL.stop else "is not a file of this version of ban-fast's"
             raise UserError(f"{path} {problem}; write it again with `{command}`")
         if size < note["bytes"]:
             raise UserError(
@@ -83,6 +97,10 @@ class Beton:
             raise UserError(
                 f"{path} was written from other images than {what} has now; write it again with `{command}`"
             )
+        if head[_LABEL] != _descriptor(_INT_FIELD, "label", _encoded(note)) or not self._is_whole(
+            note["checksum"], trust_stamp, progress
+        ):
+            raise UserError(f"{path} is damaged: its checksum is another; write it again with `{command}`")
         self._shape: Shape = part.shape
         self._pointers = np.fromfile(path, SAMPLE, len(part.labels), offset=len(head))["f0"]
 
@@ -101,8 +119,14 @@ class Beton:
             self._readers[batch_size] = _open(self.path, batch_size)
         return self._readers[batch_size]
 
+    def _is_whole(self, wanted: str, trust_stamp: bool, progress: Progress | None) -> bool:
+        try:
+            return is_whole(self.path, _LABEL, wanted, trust_stamp=trust_stamp, progress=progress)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
 
-def write(path: Path, part: Part, what: str, progress: Callable[[int, int | None], None] | None = None) -> None:
+
+def write(path: Path, part: Part, what: str, progress: Progress | None = None) -> None:
     """Write the images of a part, whole or not at all; `progress` is called with bytes written and to be written.
 
     Raises:
@@ -112,10 +136,15 @@ def write(path: Path, part: Part, what: str, progress: Callable[[int, int | None
         with tempfile.TemporaryDirectory(prefix=".ban-fast-", dir=path.parent) as scratch:
             unfinished = Path(scratch) / path.name
             with unfinished.open("wb") as file:
-                _write(file, part, what, progress)
+                _write(file, part, progress)
+                file.flush()
+                note = _noted(part, what, file.tell(), checksum(unfinished, _LABEL))
+                file.seek(_LABEL.start)
+                file.write(_descriptor(_INT_FIELD, "label", _encoded(note)))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
+            put_stamp(path, note["checksum"])
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room there, or allow it") from None
 
@@ -143,21 +172,33 @@ def _open(path: Path, batch_size: int) -> "Reader":
 
 def _note(head: bytes) -> dict[str, Any] | None:
     """What a file of ours says of itself at its beginning; None where it is none."""
-    if len(head) < HEADER.itemsize + 2 * FIELD.itemsize:
+    if len(head) < _LABEL.stop:
         return None
-    label = np.frombuffer(head, FIELD, 2, offset=HEADER.itemsize)[1]
-    with contextlib.suppress(ValueError):  # neither text nor JSON
-        note = json.loads(label["arguments"].tobytes().rstrip(b"\0"))
-        if isinstance(note, dict) and note.get(_NOTE) == 1:
-            return note
+    label = np.frombuffer(head[_LABEL], FIELD)[0]
+    with contextlib.suppress(ValueError, RecursionError):  # neither text nor JSON
+        note = json.loads(label["arguments"].tobytes().rstrip(b"\0").decode("utf-8", "surrogateescape"))
+        is_ours = isinstance(note, dict) and note.get(_NOTE) == _NOTE_FORMAT
+        if is_ours and {key: type(value) for key, value in note.items()} == _NOTED:
+            return dict(note)
     return None
 
 
-def _write(file: Any, part: Part, what: str, progress: Callable[[int, int | None], None] | None) -> None:
+def _noted(part: Part, what: str, size: int, checksum: str) -> dict[str, Any]:
+    fingerprint = part.fingerprint()
+    return {_NOTE: _NOTE_FORMAT, "what": what, "bytes": size, "fingerprint": fingerprint, "checksum": checksum}
+
+
+def _encoded(note: dict[str, Any]) -> bytes:
+    """UTF-8, in which any folder's name fits beside the rest."""
+    return json.dumps(note, ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+def _write(file: Any, part: Part, progress: Progress | None) -> None:
+    """All of a file but the label's descriptor, for which room is left."""
     count, size = len(part.labels), int(np.prod(part.shape))
     page = max(_SMALLEST_PAGE, 1 << (size - 1).bit_length())
     each = page // size  # images a page
-    begin = HEADER.itemsize + 2 * FIELD.itemsize + count * SAMPLE.itemsize
+    begin = _LABEL.stop + count * SAMPLE.itemsize
     begin += -begin % page
     end = begin + -(-count // each) * page
     total = end + count * ALLOCATION.itemsize
@@ -166,10 +207,9 @@ def _write(file: Any, part: Part, what: str, progress: Callable[[int, int | None
     samples = np.zeros(count, SAMPLE)
     samples["f0"] = begin + index // each * page + index % each * size
     samples["f1"] = part.labels.numpy()
-    note = {_NOTE: 1, "what": what, "bytes": total, "fingerprint": part.fingerprint()}
     file.write(np.array([(_VERSION, 2, page, count, end)], HEADER).tobytes())
     file.write(_descriptor(_ARRAY_FIELD, "image", _array(part.shape)))
-    file.write(_descriptor(_INT_FIELD, "label", json.dumps(note).encode()))
+    file.write(bytes(FIELD.itemsize))
     file.write(samples.tobytes())
     file.seek(begin)
     for first in range(0, count, each):

@@ -48,7 +48,7 @@ def load(
     Raises:
         UserError: for whatever a user can mend: unknown name, dataset not there, damaged file, impossible value.
     """
-    source, _ = _source(str(name), _root(directory), image_size)
+    source, _ = _source(str(name), directory, image_size)
     return _divided(str(name), source, _split, val_fraction, limit_train, limit_test)
 
 
@@ -73,7 +73,7 @@ def load_stored(
     """
     if ffcv and (reason := beton.missing()) is not None:
         raise OptionError("data.loader", f"FFCV is {reason}")
-    source, stem = _source(str(name), _root(directory), image_size)
+    source, stem = _source(str(name), directory, image_size)
     command = _command(str(name), directory, image_size)
     files: dict[str, Beton | None] = {"train": None, "test": None}
     if ffcv:
@@ -150,29 +150,28 @@ def prepare_ffcv(
 ) -> list[Path]:
     """Prepare a dataset, then write FFCV's files of it: `NAME-train-SIZE.beton` and `NAME-test-SIZE.beton`.
 
-    They lie in the dataset's own directory, the digits' in `directory`, and hold raw pixels: 3 KB a CIFAR image, 150 KB
-    one of 224 x 224. Files that are whole and of these images are kept.
+    They lie in the dataset's own directory, the digits' in `directory`, as do those of a folder that is not below it,
+    and hold raw pixels: 3 KB a CIFAR image, 150 KB one of 224 x 224. Files that are whole and of these images are kept.
 
     Args:
         name: as for `load`, a folder of images too.
         directory: as for `load`.
         image_size: as for `load`; each size has its own files.
-        progress: called with the bytes that have come or been written, and the bytes that will (None: not known).
+        progress: called with the bytes that have come, been written or read through, and all (None: not known).
 
     Raises:
         UserError: as `load` and `prepare`; nothing half-written stays behind.
     """
-    root = _root(directory)
     if name in cifar.CIFAR:
         prepare(name, directory, progress=progress)
-    source, stem = _source(name, root, image_size)
+    source, stem = _source(name, directory, image_size)
     return [_written(source, stem, part, progress) for part in ("train", "test")]
 
 
 def _written(source: Source, stem: Path, part: str, progress: download.Progress | None) -> Path:
     path, images, what = _beton(source, stem, part)
     try:
-        Beton(path, images, what, "")
+        Beton(path, images, what, "", trust_stamp=False, progress=progress)
     except UserError:
         path.parent.mkdir(parents=True, exist_ok=True)
         beton.write(path, images, what, progress)
@@ -197,8 +196,9 @@ def _root(directory: str | Path | None) -> Path:
     return Path(directory or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
 
 
-def _source(name: str, root: Path, image_size: int | None) -> tuple[Source, Path]:
+def _source(name: str, directory: str | Path | None, image_size: int | None) -> tuple[Source, Path]:
     """The dataset, and what the paths of the files made from it begin with."""
+    root = _root(directory)
     if name in names():
         source, stem = (digits.read(), root / name) if name == "digits" else _cifar(name, root)
         own = 8 if name == "digits" else 32
@@ -221,7 +221,8 @@ def _source(name: str, root: Path, image_size: int | None) -> tuple[Source, Path
                     f"{path} holds {published.name}; give the name {published.name!r} and this as --data-dir"
                 )
     source = folder.read(path, _FOLDER_IMAGE_SIZE if image_size is None else image_size)
-    return source, path / path.resolve().name
+    own_place = directory is None or path.resolve().is_relative_to(root.resolve())
+    return source, (path if own_place else root) / path.resolve().name
 
 
 def _cifar(name: str, root: Path) -> tuple[Source, Path]:

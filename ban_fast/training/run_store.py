@@ -71,6 +71,12 @@ class RunStore:
             raise UserError(f"{self.path} holds a run already: continue it with --resume, or choose another --out")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is not a directory: choose another --out")
+        lost = next(itertools.chain.from_iterable(self.path.glob(pattern) for pattern in _GENERATIONS), None)
+        if lost is not None:
+            raise UserError(
+                f"{self.path} has {lost.relative_to(self.path)} of a run, but no {CONFIG}: put that back and continue "
+                "with --resume, move the run away, or choose another --out"
+            )
 
     def create(self, config: Config, environment: dict[str, Any]) -> None:
         """Make the directory and put down what the run is. config.json comes last: with it, the run exists."""
@@ -78,7 +84,7 @@ class RunStore:
         self._hold()
         self.refuse_existing()
         try:
-            self._remove(_TEMPORARIES + _GENERATIONS)  # without a config.json they are no run's
+            self._remove(_TEMPORARIES)
             write_json(self.path / ENVIRONMENT, environment)
             write_json(self.path / CONFIG, config.to_dict())
         except UserError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_calls import SMALL, Call
+from cli_calls import SMALL, Call, tree
 
 ffcv_only = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 
@@ -44,7 +44,17 @@ def test_train_from_ffcvs_files_and_go_on_without(call: Call, tmp_path: Path) ->
         assert call("train", *SMALL, "--loader", loader, *where, "--out", str(run)).status == 0
     assert error(runs["memory"]) == error(runs["torch"]) == error(runs["ffcv"])
     assert call("train", "--out", str(runs["ffcv"]), "--resume", "--loader", "memory").status == 0
-    (tmp_path / "digits-train-8.beton").write_bytes(b"")
+    file = tmp_path / "digits-train-8.beton"
+    content = file.read_bytes()
+    file.write_bytes(content[: 2**23 + 7] + bytes([content[2**23 + 7] ^ 1]) + content[2**23 + 8 :])
+    before = tree(tmp_path)
+    call("train", *SMALL, "--loader", "ffcv", *where, "--out", str(tmp_path / "early")).mistake(
+        "digits-train-8.beton is damaged", "write it again with `ban-fast prepare digits --format ffcv --data-dir "
+    )
+    assert tree(tmp_path) == before
+    assert call("prepare", "digits", "--format", "ffcv", *where).status == 0
+    assert file.read_bytes() == content
+    file.write_bytes(b"")
     call("train", *SMALL, "--loader", "ffcv", *where, "--out", str(tmp_path / "early")).mistake(
         "digits-train-8.beton is cut short; write it again with `ban-fast prepare digits --format ffcv --data-dir "
     )

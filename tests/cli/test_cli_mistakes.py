@@ -149,7 +149,7 @@ def test_an_unknown_dataset_directory(call: Call, tmp_path: Path) -> None:
         ('{"format": 99}', "format 99 is not known"),
         ('{"epoch": 4}', "unknown configuration key 'epoch'; did you mean 'epochs'?"),
         ('{"batch_size": 0}', "batch_size: must be at least 1, got 0"),
-        ('{"batch_size": "64"}', "batch_size: must be int, got '64'"),
+        ('{"batch_size": "64"}', "batch_size: must be a whole number, got '64'"),
         ("\ud800", "is not a configuration in JSON"),
         ("[" * 100_000, "is not a configuration in JSON"),
     ],
@@ -220,6 +220,13 @@ def test_help_waits_for_no_torch() -> None:
     subprocess.run([sys.executable, "-m", "ban_fast", "train", "--help"], capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_info_of_another_place_says_how_to_fill_it(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAN_FAST_DATA", "usual")
+    assert "not there; `ban-fast prepare cifar100` downloads it\n" in call("info").out
+    said = call("info", "--data-dir", "my data").out
+    assert "not there; `ban-fast prepare cifar100 --data-dir 'my data'` downloads it\n" in said
 
 
 def test_info(call: Call) -> None:

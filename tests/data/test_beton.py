@@ -1,6 +1,8 @@
 """FFCV's files: what FFCV reads in them, and what is said of those that are not as they should be."""
 
 import importlib.util
+import itertools
+import os
 import resource
 import shlex
 import sys
@@ -10,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ban_fast import data
-from ban_fast.data import beton
+from ban_fast.data import beton, checksum
 from ban_fast.data.beton import Beton
 from ban_fast.data.cifar import CIFAR
 from ban_fast.data.dataset import Part
@@ -88,6 +91,13 @@ def test_the_file_is_as_open_to_others_as_any(tmp_path: Path) -> None:
     assert (tmp_path / "x.beton").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_folder_of_any_name_is_noted(tmp_path: Path) -> None:
+    """255 bytes of UTF-8, the longest that there are; escaped they would not fit. And what is no UTF-8."""
+    for what in ("é" * 127 + " train 8 x 8", os.fsdecode(b"\xff\xfe train 8 x 8")):
+        part = part_of(2, (8, 8, 3))
+        assert torch.equal(written(tmp_path / "x.beton", part, what).read(torch.arange(2)), part.read(torch.arange(2)))
+
+
 def test_progress(tmp_path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
     path = tmp_path / "x.beton"
@@ -95,6 +105,20 @@ def test_progress(tmp_path: Path) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert len(seen) == 4  # pages of 31 images
     assert {total for _, total in seen} == {path.stat().st_size}
+
+
+# A bit of: the version, the name of the image's field, the name of the label's, the note, the emptiness behind it, a
+# pointer to a sample, the emptiness behind these, a pixel, the emptiness behind the pixels, the table, the last byte.
+PLACES = [0, 26, 1068, 1100, 2100, 2110, 3000, 2**23 + 100, 2**24 - 1, 2**24 + 8, -1]
+
+
+def damage(path: Path, place: int) -> None:
+    """Turn one bit, and leave length and time of change as they were."""
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 class TestMistakes:
@@ -131,10 +155,18 @@ class TestMistakes:
         with pytest.raises(UserError, match=r"was written from other images than things train has now; .*`COMMAND`$"):
             Beton(path, Part.of(images, labels), "things train", "COMMAND")
 
+    @pytest.mark.parametrize("place", PLACES)
+    def test_damaged(self, tmp_path: Path, place: int) -> None:
+        path, part = tmp_path / "x.beton", part_of(10, (8, 8, 3))
+        written(path, part)
+        damage(path, place)
+        with pytest.raises(UserError, match=r"x\.beton (is|was|holds) .*; write it (again )?with `COMMAND`$"):
+            Beton(path, part, "things train", "COMMAND")
+
     @pytest.mark.parametrize("content", [b"x" * 10_000, bytes(10_000)])
     def test_no_file_of_ours(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "x.beton").write_bytes(content)
-        with pytest.raises(UserError, match=r"x\.beton is not a file of ban-fast's; write it again with `COMMAND`$"):
+        with pytest.raises(UserError, match=r"is not a file of this version of ban-fast's; write it .*`COMMAND`$"):
             Beton(tmp_path / "x.beton", part_of(10, (8, 8, 3)), "things train", "COMMAND")
 
     def test_a_directory(self, tmp_path: Path) -> None:
@@ -175,6 +207,23 @@ class TestPrepare:
         data.prepare_ffcv("cifar100", tmp_path)
         assert train.read_bytes() == content
         assert identity(test) == kept
+        for place in (1100, 2**23 + 100, -1):
+            damage(train, place)
+            data.prepare_ffcv("cifar100", tmp_path)
+            assert train.read_bytes() == content
+        assert identity(test) == kept
+
+    def test_the_files_of_a_folder_lie_in_it_or_where_they_are_asked_for(self, tmp_path: Path) -> None:
+        pets, elsewhere = tmp_path / "pets", tmp_path / "else" / "where"
+        for part, name in itertools.product(("train", "test"), ("cat", "dog")):
+            (pets / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (0, 0, 3 * len(part))).save(pets / part / name / "x.png")
+        named = ["pets-train-32.beton", "pets-test-32.beton"]
+        for directory in (None, tmp_path, pets):
+            assert data.prepare_ffcv(str(pets), directory) == [pets / name for name in named]
+        assert data.prepare_ffcv("pets", tmp_path) == [pets / name for name in named]
+        assert data.prepare_ffcv(str(pets), elsewhere) == [elsewhere / name for name in named]
+        assert {path.name for path in pets.iterdir()} == {"train", "test", *named}
 
     def test_digits(self, tmp_path: Path) -> None:
         paths = data.prepare_ffcv("digits", tmp_path / "new" / "place")
@@ -186,6 +235,72 @@ class TestPrepare:
             data.prepare_ffcv("cifra10", tmp_path)
         with pytest.raises(OptionError, match=r"cifar100 has images of 32 pixels, got 64"):
             data.prepare_ffcv("cifar100", make_cifar(CIFAR["cifar100"], tmp_path), image_size=64)
+
+
+class TestStamp:
+    """A file that is large is read through once."""
+
+    @pytest.fixture(autouse=True)
+    def large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(checksum, "SUMMED_ALWAYS", 0)
+
+    @pytest.fixture
+    def summed(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """The files that were."""
+        paths: list[Path] = []
+        monkeypatch.setattr(
+            checksum, "checksum", lambda path, *rest, real=checksum.checksum: (paths.append(path), real(path, *rest))[1]
+        )
+        return paths
+
+    def test_read_once_and_after_every_change(self, tmp_path: Path, summed: list[Path]) -> None:
+        path, part = tmp_path / "x.beton", part_of(10, (8, 8, 3))
+        written(path, part)
+        stamp = tmp_path / "x.beton.checked"
+        assert stamp.is_file()
+        assert summed == []
+        stamp.unlink()
+        for _ in range(2):
+            Beton(path, part, "things train", "COMMAND")
+        assert summed == [path]
+        path.touch()
+        for _ in range(2):
+            Beton(path, part, "things train", "COMMAND")
+        assert summed == [path] * 2
+        Beton(path, part, "things train", "COMMAND", trust_stamp=False)
+        assert summed == [path] * 3
+        damage(path, -1)
+        for _ in range(2):
+            with pytest.raises(UserError, match="is damaged"):
+                Beton(path, part, "things train", "COMMAND")
+        assert summed == [path] * 5
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"0 0 0\n", None])
+    def test_one_that_says_nothing(self, tmp_path: Path, summed: list[Path], content: bytes | None) -> None:
+        path, part = tmp_path / "x.beton", part_of(10, (8, 8, 3))
+        written(path, part)
+        stamp = tmp_path / "x.beton.checked"
+        stamp.unlink()
+        if content is None:
+            stamp.mkdir()  # which can't be written either
+        else:
+            stamp.write_bytes(content)
+        Beton(path, part, "things train", "COMMAND")
+        assert summed == [path]
+
+
+def test_a_checksum_is_of_every_byte_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksum, "_AT_ONCE", 1000)
+    path, seen = tmp_path / "x", []
+    content = bytes(torch.randint(0, 256, (2500,), dtype=torch.uint8).tolist())
+    path.write_bytes(content)
+    whole = checksum.checksum(path, slice(10, 20), lambda done, total: seen.append((done, total)))
+    assert seen == [(1000, 2500), (2000, 2500), (2500, 2500)]
+    for place in range(0, 2500, 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 128]) + content[place + 1 :])
+        assert (checksum.checksum(path, slice(10, 20)) == whole) == (10 <= place < 20), place
+    path.write_bytes(content + b"\0")
+    assert checksum.checksum(path, slice(10, 20)) != whole
 
 
 class TestLoad:

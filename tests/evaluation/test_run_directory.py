@@ -118,5 +118,5 @@ def test_damaged_metrics_and_missing_files(path: Path) -> None:
 
 def test_a_configuration_that_is_none_names_its_file(path: Path) -> None:
     (path / "config.json").write_text('{"format": 1, "epochs": "two"}')
-    with pytest.raises(UserError, match=r"config\.json: epochs: must be int, got 'two'"):
+    with pytest.raises(UserError, match=r"config\.json: epochs: must be a whole number, got 'two'"):
         RunDirectory(path).config()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -382,13 +383,34 @@ def test_a_config_of_another_time_is_named(begun: Path) -> None:
         resume(begun)
 
 
-def test_a_directory_without_config_counts_as_empty(begun: Path, tmp_path: Path) -> None:
-    """Whatever a killed or other run left there is not taken up."""
-    (begun / "config.json").unlink()
-    (begun / "generation-0" / "state.pt.tmp").touch()
-    (begun / "notes.txt").write_text("mine")
+def test_a_directory_without_config_counts_as_empty(tmp_path: Path) -> None:
+    """Whatever a killed run left before its config.json was there is not taken up; what is no run's is left alone."""
+    path = tmp_path / "run"
+    (path / "generation-0").mkdir(parents=True)
+    (path / "environment.json").write_text('{"format"')
+    (path / "generation-0" / "state.pt.tmp").touch()
+    (path / "notes.txt").write_text("mine")
     observer = Recorder()
-    run(config(), out=begun, observer=observer, **own())
+    run(config(), out=path, observer=observer, **own())
     assert observer.started[0] == (0, "label", STEPS, 0)
+    assert footprint(path) == uninterrupted(config(), tmp_path / "whole", **own())
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_networks_that_lost_their_config_are_not_replaced(begun: Path, tmp_path: Path) -> None:
+    """One file of them after the other is taken away; with the configuration back, the run goes on."""
+    (begun / "config.json").rename(tmp_path / "config.json")
+    kept = tmp_path / "kept"
+    shutil.copytree(begun, kept)
+    found = ["results.json", *(f"generation-{n}/{file}" for file in ("state.pt", "metrics.jsonl") for n in (0, 1))]
+    for name in [*found, "generation-0/model.safetensors"]:
+        before = {file: file.read_bytes() for file in begun.rglob("*") if file.is_file()}
+        with pytest.raises(UserError, match=r"of a run, but no config\.json: put that back and continue with --resume"):
+            run(config(), out=begun, **own())
+        assert {file: file.read_bytes() for file in begun.rglob("*") if file.is_file()} == before
+        (begun / name).unlink()
+    shutil.rmtree(begun)
+    kept.rename(begun)
+    (tmp_path / "config.json").rename(begun / "config.json")
+    resume(begun)
     assert footprint(begun) == uninterrupted(config(), tmp_path / "whole", **own())
-    assert (begun / "notes.txt").read_text() == "mine"

@@ -37,7 +37,7 @@ def weighted_cross_entropy(
     """See `interface.Backend.cwtm`."""
     output = launch.empty_output(student, (), need_grad)
     if student.shape[0] == 0:
-        return launch.of_no_rows(output)
+        return output.of_no_rows()
     labels, teacher_rows, confidence = labels.contiguous(), launch.dense(teacher_rows), launch.dense(confidence)
     with launch.on(student.device):
         plan = config.cross_entropy_plan(

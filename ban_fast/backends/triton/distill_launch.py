@@ -40,7 +40,7 @@ def distillation(
     shape = (student.shape[0],) if objective.reduction == "none" else ()
     output = launch.empty_output(student, shape, need_grad)
     if student.shape[0] == 0:
-        return launch.of_no_rows(output)
+        return output.of_no_rows()
     with launch.on(student.device):
         _launch(student, teacher, labels, teacher_rows, objective, permutation, output)
     return output

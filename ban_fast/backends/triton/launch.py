@@ -65,15 +65,6 @@ def empty_output(student: Tensor, shape: tuple[int, ...], need_grad: bool) -> Lo
     )
 
 
-def of_no_rows(output: LossOutput) -> LossOutput:
-    """`output` for an empty batch, which no kernel is launched for."""
-    for term in (output.loss, output.kd, output.label):
-        term.zero_()
-    if output.grad_scale is not None:
-        output.grad_scale.fill_(1)
-    return output
-
-
 def dense(vector: Tensor | None) -> Tensor | None:
     """Labels and other vectors as the kernels take them: next to one another."""
     return None if vector is None else vector.contiguous()

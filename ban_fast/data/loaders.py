@@ -134,14 +134,19 @@ class KeyedLoader:
             raise ValueError(f"epoch must be at least 0 and start in 0..{steps}, got {epoch} and {start}")
         return self._batches(epoch, range(start, steps))
 
+    def shown(self, epoch: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Ids and views, int64 [M] each, of the samples in the first `steps` batches of an epoch; no image is made."""
+        ids, views = self._sample_ids, self._views(epoch)
+        if steps * self._batch_size < len(ids):
+            order = self._order(epoch)[: steps * self._batch_size]
+            ids, views = ids[order], views[order]
+        return ids, views
+
     def _batches(self, epoch: int, steps: range) -> Iterator[Batch]:
         if not steps:
             return
         # Once an epoch and for all samples: some 30 small operations, which each batch would pay otherwise.
-        if self._shuffle:
-            order = keyed.order(self._seed, epoch, self._sample_ids)
-        else:
-            order = torch.arange(len(self._labels), device=self._device)
+        order = self._order(epoch)
         labels, ids, views = self._labels[order], self._sample_ids[order], self._views(epoch)[order]
         size, count = self._batch_size, len(order)
         parts = [self._shard.cut(slice(step * size, min((step + 1) * size, count))) for step in steps]
@@ -149,6 +154,11 @@ class KeyedLoader:
         with closing(self._images(order, views, parts)) as batches:
             for part, images in zip(parts, batches, strict=True):
                 yield Batch(images, labels[part], ids[part], views[part])
+
+    def _order(self, epoch: int) -> Tensor:  # -> [N]
+        if self._shuffle:
+            return keyed.order(self._seed, epoch, self._sample_ids)
+        return torch.arange(len(self._labels), device=self._device)
 
     def _views(self, epoch: int) -> Tensor:  # -> [N]
         return torch.zeros_like(self._sample_ids)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..data import Loader
 from ..errors import OptionError, UserError
 from .adoption import adopt_teacher
 from .compiled import check_compiler
@@ -133,8 +134,8 @@ def _grow_generation(
 ) -> None:
     seed = generation_seed(config.seed, number)
     with ExitStack() as stack:
-        teachers = _teachers(number, lineages, config, task, home, observer, stack)
         loader = task.train(derived_seed(seed, "order"))
+        teachers = _teachers(number, lineages, config, task, loader, home, observer, stack)
         together = bool(config.students)
         learners = [lineage.learner(number, loader, teachers.get(id(lineage)), together) for lineage in lineages]
         names = ", ".join(learner.objective_name for learner in learners)
@@ -154,6 +155,7 @@ def _teachers(
     lineages: Sequence[Lineage],
     config: Config,
     task: Task,
+    loader: Loader,
     home: Path | None,
     observer: Observer,
     stack: ExitStack,
@@ -169,7 +171,9 @@ def _teachers(
         cache_home = None if home is None else home / FOLDER
         network = several[0].network(number - 1)
         before = next(filter(None, (lineage.teacher_before(number) for lineage in several)), None)
-        teacher, said = choose_teacher(network, config, task, objectives, cache_home, _owner(home, config), before)
+        teacher, said = choose_teacher(
+            network, config, task, loader, objectives, cache_home, _owner(home, config), before
+        )
         stack.callback(teacher.close)
         if said is not None:
             whose = f"of {' and '.join(objectives)}, " if len(pupils) > 1 else ""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..data import KeyedLoader, Loader
 from ..errors import OptionError
 from .cache_store import FileRows, MemoryRows, count_rows, descriptions
 from .compiled import compiled
@@ -21,7 +22,7 @@ from .environment import device_name
 from .learner import autocast, total_steps
 from .locks import InUse
 from .seeds import isolated
-from .task import Task
+from .task import Task, Views
 from .teacher import Frozen, LiveTeacher, Teacher, dtype_name
 from .teacher_cache import CachedTeacher
 
@@ -60,14 +61,16 @@ class Fill:
         rows = min(round(images * seen), live)
         return cls(epochs=steps / steps_per_epoch, views=views, live=live, seen=seen, rows=rows)
 
-    def saved(self, known: int, all_views: int) -> float:
-        """Share of the live teacher's forward passes that a cache saves, `known` of all views being in it before."""
-        return 1 - self.rows * (1 - known / all_views) / self.live
+    def saved(self, left: int | None = None) -> float:
+        """Share of the live teacher's forward passes that a cache saves; `left` rows are not in it yet, None: all."""
+        return 1 - (self.rows if left is None else left) / self.live
 
-    def sentence(self, saved: float) -> str:
-        """ "200 epochs show 115 of 162 views of an image: 42 % fewer forward passes"."""
+    def sentence(self, left: int | None = None) -> str:
+        """ "200 epochs show 115 of 162 views of an image, 50% of these are kept already: 82% fewer forward passes"."""
         of = f"{self.seen:.3g} of {self.views} views" if self.views > 1 else "one view"
-        return f"{self.epochs:.4g} epochs show {of} of an image: {saved:.0%} fewer forward passes than live"
+        there = "" if left is None else f", {max(1 - left / self.rows, 0):.0%} of these are kept already"
+        what = f"{self.epochs:.4g} epochs show {of} of an image{there}"
+        return f"{what}: {self.saved(left):.0%} fewer forward passes than live"
 
 
 def check_cache(config: Config, task: Task, home: Path | None, resume: bool = False) -> None:
@@ -100,6 +103,7 @@ def choose_teacher(
     network: nn.Module,
     config: Config,
     task: Task,
+    loader: Loader,
     objectives: Sequence[str],
     home: Path | None,
     owner: bytes,
@@ -107,9 +111,10 @@ def choose_teacher(
 ) -> tuple[Teacher, str | None]:
     """The teacher that a finished network becomes for students of these objectives, and what to say of the choice.
 
-    `home` is where caches lie unless the configuration names a place (None: in memory); `owner`, 8 bytes, tells this
-    run's rows from others'. `before` is the mode that was chosen for these students in an earlier session: "auto"
-    keeps it, as rounded rows in place of a live teacher, or the other way round, would be other bits.
+    `loader` is that of their training. `home` is where caches lie unless the configuration names a place (None: in
+    memory); `owner`, 8 bytes, tells this run's rows from others'. `before` is the mode that was chosen for these
+    students in an earlier session: "auto" keeps it, as rounded rows in place of a live teacher, or the other way round,
+    would be other bits.
     UserError where a cache is damaged beyond use, another teacher's, or in use.
     """
     forward: Callable[[Tensor], Tensor] | None = compiled(network) if config.compile else None
@@ -120,7 +125,7 @@ def choose_teacher(
     if reason is not None:
         return LiveTeacher(network, forward), f"live: {reason}"
     try:
-        return _cached(frozen, forward, config, task, objectives, home, owner, same_bits)
+        return _cached(frozen, forward, config, task, loader, objectives, home, owner, same_bits)
     except InUse:
         if not _may_change(config, before):
             raise
@@ -153,8 +158,8 @@ def _reason_for_live(
     # A place that is named is there for other runs too.
     if is_auto and before is None and config.teacher.cache_directory is None:
         fill = Fill.expected(config, task)
-        if (saved := fill.saved(0, 1)) < _WORTH:
-            return fill.sentence(saved), same_bits
+        if fill.saved() < _WORTH:
+            return fill.sentence(), same_bits
     return None, same_bits
 
 
@@ -175,6 +180,7 @@ def _cached(
     forward: Callable[[Tensor], Tensor] | None,
     config: Config,
     task: Task,
+    loader: Loader,
     objectives: Sequence[str],
     home: Path | None,
     owner: bytes,
@@ -186,7 +192,6 @@ def _cached(
     fill = Fill.expected(config, task)
     by_confidence = config.teacher.mode == "cache" and "cwtm" in objectives
     rows, only_confidence = _rows(frozen, config, task, _only_confidence(config, objectives), home, owner)
-    saved = fill.saved(rows.count, views.samples * views.each)
     row_bytes = _row_bytes(rows.table.shape[1], rows.table.dtype)
     on_device = task.device.type == "cuda" and fill.rows * row_bytes <= _SHARE * torch.cuda.mem_get_info(task.device)[0]
     teacher = CachedTeacher(
@@ -202,18 +207,32 @@ def _cached(
         on_device=on_device,
         is_own=config.teacher.cache_directory is None,
     )
+    left = _left(rows.keys, loader, config, views, fill) if isinstance(rows, FileRows) and rows.count else None
     what = "confidences" if only_confidence else "logits"
     place = str(rows.path.parent) if isinstance(rows, FileRows) else "memory"
     if task.device.type == "cuda" and isinstance(rows, FileRows):
         place += " and the device's memory" if on_device else " (too large for the device's memory)"
     exact = same_bits and not by_confidence and rows.table.dtype == torch.float32
     text = (
-        f"cache: {fill.sentence(saved)}; {what} in {dtype_name(rows.table.dtype)}, about "
+        f"cache: {fill.sentence(left)}; {what} in {dtype_name(rows.table.dtype)}, about "
         f"{_size(fill.rows * row_bytes)} in {place}, {'the same bits as live' if exact else 'rounded'}"
     )
     if isinstance(rows, FileRows) and rows.note is not None:
         text = f"{text}; {rows.note}"
     return teacher, text
+
+
+def _left(known: Tensor, loader: Loader, config: Config, views: Views, fill: Fill) -> int:
+    """How many rows of those that a generation from its start asks for are not under the keys `known`, int64 [n]."""
+    if not isinstance(loader, KeyedLoader):
+        return max(fill.rows - len(known), 0)
+    shown = torch.zeros(views.samples * views.each, dtype=torch.bool)
+    steps = total_steps(config, loader.steps_per_epoch)
+    for epoch, done in enumerate(range(0, steps, loader.steps_per_epoch)):
+        ids, shows = loader.shown(epoch, min(loader.steps_per_epoch, steps - done))
+        shown[(ids * views.each + shows).cpu()] = True
+    shown[known] = False
+    return int(shown.sum())
 
 
 def _rows(

@@ -111,6 +111,17 @@ def test_an_epoch_serves_every_sample_once_in_an_order_of_its_own() -> None:
     assert not torch.equal(other_seed, orders[1])
 
 
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"augmentation": None}, {"drop_last": False}])
+def test_what_is_shown_is_known_without_the_images(options: dict[str, object]) -> None:
+    """300 samples in batches of 70, of which drop_last leaves 20 out: another 20 in each epoch."""
+    loader = loader_of(split_of(300), batch_size=70, **options)
+    for epoch, steps in itertools.product((0, 3), (1, loader.steps_per_epoch)):
+        served = list(itertools.islice(loader.epoch(epoch), steps))
+        shown = torch.stack(loader.shown(epoch, steps), 1)
+        wanted = torch.cat([torch.stack((batch.sample_ids, batch.views), 1) for batch in served])
+        assert sorted(shown.tolist()) == sorted(wanted.tolist())
+
+
 def test_views_change_with_the_epoch_and_the_seed() -> None:
     def views(seed: int, epoch: int) -> Tensor:
         batch = next(loader_of(split_of(300), batch_size=300, seed=seed).epoch(epoch))

@@ -1,5 +1,6 @@
 """What "auto" picks for a teacher and says of it; what cannot be kept is refused before anything is trained."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from ban_fast.config import Config, ModelConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError
 from ban_fast.training import Interrupted, run
+from ban_fast.training.cache_store import count_rows
 from ban_fast.training.locks import DirectoryLock
+from ban_fast.training.task import make_task
+from ban_fast.training.teacher_cache import CachedTeacher
+from ban_fast.training.teacher_choice import choose_teacher
 
 LIVE, CACHE = TeacherConfig(mode="live"), TeacherConfig(mode="cache")
 
@@ -68,7 +73,7 @@ def test_what_auto_picks_and_says(changes: dict[str, Any], arguments: Callable[[
 
 
 def test_auto_counts_views_and_reuse(tmp_path: Path) -> None:
-    """72 images in 9 views: of 2 epochs few come twice; of 24 most do; and what is kept already is never live."""
+    """72 images in 9 views: of 2 epochs few come twice; of 24 most do; and of what is kept already all do."""
     observer = Heard()
     run(digits(epochs=2), observer=observer)
     run(digits(epochs=24), observer=observer)
@@ -79,8 +84,30 @@ def test_auto_counts_views_and_reuse(tmp_path: Path) -> None:
     # 72 images, 64 of them an epoch: 16/9 shows in 2 epochs, 9 (1 - (8/9)^(16/9)) = 1.70 views; 21.3 shows in 24, 8.27
     assert texts[0] == "live: 2 epochs show 1.7 of 9 views of an image: 5% fewer forward passes than live"
     assert texts[1].startswith("cache: 24 epochs show 8.27 of 9 views of an image: 61% fewer forward passes than live")
-    shares = [int(text.split(": ")[2].split("%")[0]) for text in texts]
-    assert shares[0] < 25 <= shares[1] < shares[2]
+    assert texts[2].startswith(
+        "cache: 24 epochs show 8.27 of 9 views of an image, 100% of these are kept already: 100% fewer forward passes"
+    )
+
+
+def test_what_is_kept_is_counted_view_by_view(tmp_path: Path) -> None:
+    """Of one teacher: 2 epochs of some order, then 24 of the same, which begin so, then 12 of another, twice."""
+    place, kept = TeacherConfig(cache_directory=str(tmp_path)), 0
+    for seed, steps in ((5, 8), (5, 96), (6, 48), (6, 48)):
+        settings = digits(max_steps=steps, teacher=place)
+        task = make_task(settings, torch.device("cpu"))
+        loader = task.train(seed)
+        teacher, said = choose_teacher(task.network(1), settings, task, loader, ["ban"], None, bytes(8))
+        assert isinstance(teacher, CachedTeacher)
+        assert said is not None
+        served = itertools.chain.from_iterable(map(loader.epoch, range(24)))
+        for batch in itertools.islice(served, steps):
+            teacher.prepare([batch])
+        teacher.close()
+        before, kept = kept, sum(count_rows(path) for path in tmp_path.iterdir())
+        assert (" of these are kept already: " in said) == (before > 0)
+        if before:
+            assert f"{1 - (kept - before) / (steps * 16):.0%} fewer forward passes than live" in said
+    assert kept == before
 
 
 def test_auto_goes_live_where_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

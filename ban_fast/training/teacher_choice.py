@@ -86,9 +86,9 @@ def check_cache(config: Config, task: Task, home: Path | None, resume: bool = Fa
         place = Path(named)
         there = next(p for p in [place, *place.parents] if p.exists())
         if not there.is_dir():
-            raise OptionError("teacher.cache_directory", f"{there} is not a directory")
+            raise OptionError("teacher.cache_directory", f"{there} is not a directory; name another with --cache-dir")
         if not os.access(there, os.W_OK):
-            raise OptionError("teacher.cache_directory", f"cannot write {there}: choose another place")
+            raise OptionError("teacher.cache_directory", f"cannot write {there}; name another place with --cache-dir")
     only_confidence = _only_confidence(config, config.students or [config.objective.name])
     if config.teacher.mode == "cache" and (problem := _too_large(config, task, home, only_confidence)):
         remedy = (

@@ -12,7 +12,7 @@ from .errors import OptionError, UserError, suggest
 OBJECTIVES = ("label", "ban", "ban+l", "cwtm", "dkpp")
 STUDENT_FOLDERS = {name: name.replace("+", "_") for name in OBJECTIVES}
 """Where each of several students has its run, below the directory of all."""
-SCHEDULES = ("step", "cosine", "onecycle", "constant")
+SCHEDULES = ("step", "cosine", "onecycle", "constant", "plateau")
 AMP_MODES = ("off", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 AUGMENTATIONS = ("auto", "none", "crop", "crop+flip")
@@ -20,6 +20,8 @@ PADDINGS = ("reflect", "zero")
 LOADERS = ("memory", "torch", "ffcv")
 TEACHERS = ("live", "cache", "auto")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
+LEVELS = ("word", "character")
+OVER_TIME = ("sum", "mean")
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -35,10 +37,11 @@ _KINDS = {
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Which images, and what is done to them."""
+    """Which images, and what is done to them; or which text."""
 
     name: str = "digits"
-    """A dataset's name (`ban_fast.data.names()`), or a folder laid out as train/CLASS/* and test/CLASS/*."""
+    """A dataset's name (`ban_fast.data.names()`), or a folder laid out as train/CLASS/* and test/CLASS/*; "ptb", or a
+    folder with train.txt, valid.txt and test.txt."""
     directory: str | None = None
     """The dataset's own directory or its parent. None: $BAN_FAST_DATA, else ~/.cache/ban_fast."""
     image_size: int | None = None
@@ -56,6 +59,19 @@ class DataConfig:
     loader: str = "memory"
     """Where batches come from: "memory", "torch" (a DataLoader reads the files, for datasets larger than memory) or
     "ffcv" (the files that `ban-fast prepare --format ffcv` writes). The same batches, bit for bit, from all three."""
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """How a text is read, if the data are one."""
+
+    level: str = "word"
+    """What is predicted: the next "word" or the next "character"."""
+    window: int = 35
+    """Places of the text in a batch, which has `Config.batch_size` streams of them: how far gradients go back."""
+    over_time: str = "sum"
+    """How the losses of a window's places become its own: their "sum", averaged over streams (as the paper's learning
+    rates and gradient norms count), or their "mean", which is smaller by the window's length."""
 
 
 @dataclass(kw_only=True)
@@ -115,11 +131,16 @@ class OptimizerConfig:
     weight_decay: float = 5e-4
     """L2 penalty on every trainable parameter, batch-norm and biases included."""
     schedule: str = "step"
-    """"step" (lr_decay at each milestone), "cosine", "onecycle" or "constant"."""
+    """"step" (lr_decay at each milestone), "cosine", "onecycle", "constant", or "plateau": lr_decay after each epoch
+    whose figure on the validation split (error, perplexity) is not below the best before it."""
     milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
     """Shares of the run at which "step" multiplies the learning rate by lr_decay."""
     lr_decay: float = 0.2
-    """Factor of "step"."""
+    """Factor of "step" and "plateau"."""
+    plateau_threshold: float = 0.0
+    """By how much the figure must be below the best, at least, for "plateau" to leave the learning rate as it is."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all parameters together; one above it is scaled down to it. None: any."""
 
 
 @dataclass(kw_only=True)
@@ -131,7 +152,9 @@ class Config:
     recipe: str = "custom"
     """The recipe that this configuration began as; for the record."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Which images."""
+    """Which images, or which text."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """How a text is read."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Which network."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -146,9 +169,9 @@ class Config:
     generations: int = 3
     """Students after the teacher; 0 trains the teacher alone."""
     epochs: int = 200
-    """Passes over the training images, for each generation."""
+    """Passes over the training images or text, for each generation."""
     batch_size: int = 128
-    """Images a step."""
+    """Images a step; of a text, streams side by side."""
     micro_batch_size: int | None = None
     """Images at a time through the network, whose gradients add up to the batch's. None: the whole batch."""
     max_steps: int | None = None
@@ -190,6 +213,7 @@ class Config:
         for section, prefix in (
             (self, ""),
             (self.data, "data."),
+            (self.text, "text."),
             (self.model, "model."),
             (self.objective, "objective."),
             (self.teacher, "teacher."),
@@ -201,6 +225,8 @@ class Config:
         _choice("data.augmentation", self.data.augmentation, AUGMENTATIONS)
         _choice("data.padding", self.data.padding, PADDINGS)
         _choice("data.loader", self.data.loader, LOADERS)
+        _choice("text.level", self.text.level, LEVELS)
+        _choice("text.over_time", self.text.over_time, OVER_TIME)
         _choice("objective.name", self.objective.name, OBJECTIVES)
         _choice("teacher.mode", self.teacher.mode, TEACHERS)
         _choice("teacher.cache_dtype", self.teacher.cache_dtype, CACHE_DTYPES)
@@ -211,6 +237,7 @@ class Config:
             ("data.image_size", self.data.image_size, 1),
             ("data.limit_train", self.data.limit_train, 1),
             ("data.limit_test", self.data.limit_test, 1),
+            ("text.window", self.text.window, 1),
             ("generations", self.generations, 0),
             ("epochs", self.epochs, 1),
             ("batch_size", self.batch_size, 1),
@@ -237,6 +264,8 @@ class Config:
             ("optimizer.momentum", self.optimizer.momentum, False),
             ("optimizer.weight_decay", self.optimizer.weight_decay, False),
             ("optimizer.lr_decay", self.optimizer.lr_decay, True),
+            ("optimizer.plateau_threshold", self.optimizer.plateau_threshold, False),
+            ("optimizer.clip_norm", self.optimizer.clip_norm, True),
             ("checkpoint_seconds", self.checkpoint_seconds, False),
         ):
             if number is not None and not (math.isfinite(number) and (number > 0 or (number == 0 and not positive))):
@@ -245,6 +274,10 @@ class Config:
                 )
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise OptionError("optimizer.nesterov", "needs a momentum above 0")
+        if self.optimizer.schedule == "plateau" and self.evaluate_every != 1:
+            raise OptionError("evaluate_every", f"must be 1 for schedule plateau, got {self.evaluate_every}")
+        if self.optimizer.schedule != "plateau" and self.optimizer.plateau_threshold:
+            raise OptionError("optimizer.plateau_threshold", "is for schedule plateau; leave it out")
         stones = self.optimizer.milestones
         if not all(isinstance(m, (int, float)) and 0 < m < 1 for m in stones) or list(stones) != sorted(stones):
             raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")

@@ -9,7 +9,17 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from .. import __version__
-from ..config import AMP_MODES, CACHE_DTYPES, DEVICES, LOADERS, OBJECTIVES, SCHEDULES, TEACHERS
+from ..config import (
+    AMP_MODES,
+    CACHE_DTYPES,
+    DEVICES,
+    LEVELS,
+    LOADERS,
+    OBJECTIVES,
+    OVER_TIME,
+    SCHEDULES,
+    TEACHERS,
+)
 from ..errors import UserError, suggest
 from .flags import Request
 from .inherit import with_flags_of
@@ -90,14 +100,8 @@ def _main(
         print(ctx.get_help(), end="")
 
 
-_SWEEP, _RUN, _IMAGES, _NETWORKS, _TRAINING, _MACHINE = (
-    "Sweep",
-    "Run",
-    "Images",
-    "Networks and teaching",
-    "Training",
-    "Machine",
-)
+_SWEEP, _RUN, _IMAGES, _TEXTS = "Sweep", "Run", "Images", "Texts"
+_NETWORKS, _TRAINING, _MACHINE = "Networks and teaching", "Training", "Machine"
 
 # Option types by their looks in --help: S takes text, N a whole number, F a real one.
 
@@ -107,7 +111,13 @@ def train(
     ctx: typer.Context,
     recipe: Annotated[
         str | None,
-        _flag("--recipe", "R", "Settings to begin with: demo, cifar10, cifar100, paper. Default: by --data.", _RUN),
+        _flag(
+            "--recipe",
+            "R",
+            "Settings to begin with: demo, cifar10, cifar100, paper, ptb-lstm, ptb-cnn-lstm, ptb-small. Default: by "
+            "--data.",
+            _RUN,
+        ),
     ] = None,
     config: Annotated[
         str | None, _flag("--config", "FILE", "Begin with a run's config.json instead: repeats that run.", _RUN)
@@ -124,7 +134,11 @@ def train(
     data: Annotated[
         str | None,
         _flag(
-            "--data", "NAME|DIR", "digits, cifar10, cifar100, or a folder of train/CLASS/* and test/CLASS/*.", _IMAGES
+            "--data",
+            "NAME|DIR",
+            "digits, cifar10, cifar100, or a folder of train/CLASS/* and test/CLASS/*; ptb, or a folder with "
+            "train.txt, valid.txt and test.txt.",
+            _RUN,
         ),
     ] = None,
     data_dir: Annotated[
@@ -133,7 +147,7 @@ def train(
             "--data-dir",
             "DIR",
             "The dataset's directory, or its parent. Default: $BAN_FAST_DATA, else ~/.cache/ban_fast.",
-            _IMAGES,
+            _RUN,
         ),
     ] = None,
     image_size: Annotated[
@@ -157,12 +171,27 @@ def train(
             _IMAGES,
         ),
     ] = None,
+    level: Annotated[
+        str | None, _flag("--level", "|".join(LEVELS), "What is predicted. Default: the next word.", _TEXTS)
+    ] = None,
+    window: Annotated[
+        int | None, _flag("--window", "N", "Places of the text in a step: how far gradients go back.", _TEXTS, _whole)
+    ] = None,
+    over_time: Annotated[
+        str | None,
+        _flag(
+            "--over-time",
+            "|".join(OVER_TIME),
+            "How the losses of a window's places become its own; sum, the default, is the paper's scale of --lr.",
+            _TEXTS,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         _flag(
             "--model",
             "M",
-            "Network of every generation: wrn-28-1, densenet-90-60, timm:NAME, package.module:factory, ...",
+            "Network of every generation: wrn-28-1, densenet-90-60, lstm-1500, timm:NAME, package.module:factory, ...",
             _NETWORKS,
         ),
     ] = None,
@@ -226,12 +255,14 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, _flag("--epochs", "N", "Passes over the training images, for each generation.", _TRAINING, _whole)
+        int | None, _flag("--epochs", "N", "Passes over the training data, for each generation.", _TRAINING, _whole)
     ] = None,
     max_steps: Annotated[
         int | None, _flag("--max-steps", "N", "Stop each generation after N optimizer steps.", _TRAINING, _whole)
     ] = None,
-    batch_size: Annotated[int | None, _flag("--batch-size", "N", "Images a step.", _TRAINING, _whole)] = None,
+    batch_size: Annotated[
+        int | None, _flag("--batch-size", "N", "Images, or streams of a text, a step.", _TRAINING, _whole)
+    ] = None,
     micro_batch_size: Annotated[
         int | None,
         _flag(
@@ -248,6 +279,12 @@ def train(
     ] = None,
     schedule: Annotated[
         str | None, _flag("--schedule", "S", f"Learning-rate schedule: {', '.join(SCHEDULES)}.", _TRAINING)
+    ] = None,
+    lr_decay: Annotated[
+        float | None, _flag("--lr-decay", "F", "Factor of schedules step and plateau.", _TRAINING, _real)
+    ] = None,
+    clip_norm: Annotated[
+        float | None, _flag("--clip-norm", "F", "Scale gradients down to this norm, all together.", _TRAINING, _real)
     ] = None,
     device: Annotated[str | None, _flag("--device", "|".join(DEVICES), "Where to train.", _MACHINE)] = None,
     amp: Annotated[str | None, _flag("--amp", "|".join(AMP_MODES), "Mixed precision.", _MACHINE)] = None,
@@ -354,7 +391,7 @@ def prepare(
         str,
         typer.Argument(
             metavar="DATA",
-            help="digits, cifar10 or cifar100; for FFCV also a folder of images.",
+            help="digits, cifar10, cifar100 or ptb; for FFCV also a folder of images.",
             parser=_text,
             show_default=False,
         ),
@@ -382,7 +419,7 @@ def report(
     run: _Run,
     out: Annotated[str | None, _flag("--out", "DIR", "Directory for the plots. Default: RUN/report.")] = None,
 ) -> int:
-    """Print a run's table, and draw error by generation, learning curves and reliability as PNG; a study's table."""
+    """Print a run's table, draw error or perplexity by generation, curves and reliability as PNG; a study's table."""
     from . import commands
 
     return commands.report(ctx.obj, run, out)

@@ -17,6 +17,9 @@ FIELDS = {
     "data": "data.name",
     "data_dir": "data.directory",
     "image_size": "data.image_size",
+    "level": "text.level",
+    "window": "text.window",
+    "over_time": "text.over_time",
     "model": "model.name",
     "objective": "objective.name",
     "students": "students",
@@ -33,6 +36,8 @@ FIELDS = {
     "weight_decay": "optimizer.weight_decay",
     "temperature": "objective.temperature",
     "schedule": "optimizer.schedule",
+    "lr_decay": "optimizer.lr_decay",
+    "clip_norm": "optimizer.clip_norm",
     "seed": "seed",
     "device": "device",
     "amp": "amp",
@@ -44,7 +49,7 @@ FIELDS = {
     "max_steps": "max_steps",
 }
 _OTHER_FLAGS = {"recipe": "--recipe", "model.options": "--model-option"}
-_BASES = {"digits": "demo", "cifar10": "cifar10", "cifar100": "cifar100"}
+_BASES = {"digits": "demo", "cifar10": "cifar10", "cifar100": "cifar100", "ptb": "ptb-lstm"}
 
 Values = Mapping[str, Any]
 """The flags of `ban-fast train` by parameter name; None and empty stand for not given."""
@@ -83,7 +88,16 @@ def requested(values: Values) -> Request:
         return overridden(Request(read(file, "--config"), file), values)
     if values["recipe"] is not None:
         return overridden(Request(_recipe(values["recipe"])), values)
-    return overridden(Request(recipes.get(_BASES.get(values["data"] or "digits", "paper"))), values)
+    return overridden(Request(recipes.get(_base(values["data"] or "digits", values["data_dir"]))), values)
+
+
+def _base(name: str, directory: str | None) -> str:
+    """The recipe that data begin with; a folder's by what is in it."""
+    if name in _BASES:
+        return _BASES[name]
+    from ..data import is_text  # torch comes with it: only who names a folder waits for it
+
+    return "ptb-lstm" if is_text(name, directory) else "paper"
 
 
 def resumed(values: Values, directory: Path) -> Request:

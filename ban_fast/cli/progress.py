@@ -73,7 +73,7 @@ class Narrator(Observer):
         name, seconds = describe.generation(generation), describe.duration(record["train_seconds"])
         if generation and self.plan is not None and self.plan.students:
             name += f" ({record['objective']})"
-        self.say(f"{name:<8} test error {record['test']['error']:.2f} %, trained in {seconds}")
+        self.say(f"{name:<8} test {describe.headline(record['test'])}, trained in {seconds}")
 
     def message(self, text: str) -> None:
         self.say(f"note: {one_line(text)}")
@@ -116,7 +116,7 @@ class Lines(Narrator):
         left = (self.plan.steps * (self.plan.generations - generation) - done_steps) / rate
         self.say(
             f"{self.epoch()}, step {done_steps:,} of {self.plan.steps:,}: "
-            f"{rate * self.config.batch_size:,.0f} images/s, about {describe.duration(left)} left"
+            f"{rate * self.plan.rows_per_step:,.0f} {self.plan.unit}/s, about {describe.duration(left)} left"
         )
 
     def say(self, text: str) -> None:
@@ -175,7 +175,7 @@ class Bar(Narrator):
 
 
 class _Rest(ProgressColumn):
-    """Share done, images a second over the last half minute, and the time left; nothing before training begins."""
+    """Share done, speed over the last half minute, and the time left; nothing before training begins."""
 
     def __init__(self, narrator: Narrator) -> None:
         super().__init__()
@@ -187,5 +187,7 @@ class _Rest(ProgressColumn):
         done = f"{task.percentage:3.0f} %"
         if task.speed is None or task.time_remaining is None:
             return Text(done)
-        rate = task.speed * self._narrator.config.batch_size
-        return Text(f"{done}  {rate:8,.0f} images/s  {describe.duration(task.time_remaining):>8} left")
+        plan = self._narrator.plan
+        assert plan is not None
+        rate = task.speed * plan.rows_per_step
+        return Text(f"{done}  {rate:8,.0f} {plan.unit}/s  {describe.duration(task.time_remaining):>8} left")

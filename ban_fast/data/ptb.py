@@ -33,16 +33,36 @@ def load_corpus(name: str | Path, *, directory: str | Path | None = None, level:
     """
     if level not in ("word", "character"):
         raise UserError(f"level must be 'word' or 'character', got {level!r}")
-    root = Path(directory or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
+    root = _root(directory)
     if str(name) == "ptb":
         return _ptb(root, level)
-    candidates = (Path(name).expanduser(), root / name)
-    place = next((path for path in candidates if path.is_dir()), None)
+    place = _folder(name, root)
     if place is None:
         raise UserError(f"no directory {name}; name 'ptb', or a folder with {_listed(corpus.files(Path()))}")
     paths = corpus.files(place)
     texts = corpus.contents(paths, f"a corpus is a folder with {_listed(paths)}")
     return corpus.read(str(name), texts, paths, level)
+
+
+def is_text(name: str | Path, directory: str | Path | None = None) -> bool:
+    """Whether `load_corpus` reads what is called so: "ptb", or a folder that has one of its three files.
+
+    A folder of images has a folder `train` in their place.
+    """
+    if str(name) == "ptb":
+        return True
+    place = _folder(name, _root(directory))
+    return (
+        place is not None and not (place / "train").is_dir() and any(p.is_file() for p in corpus.files(place).values())
+    )
+
+
+def _root(directory: str | Path | None) -> Path:
+    return Path(directory or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
+
+
+def _folder(name: str | Path, root: Path) -> Path | None:
+    return next((path for path in (Path(name).expanduser(), root / name) if path.is_dir()), None)
 
 
 def _ptb(root: Path, level: Level) -> Corpus:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .loaders import Batch
 
 IGNORED = -100
 """The target where a stream has ended: the losses' default ignore_index."""
@@ -78,6 +79,43 @@ class StreamLoader:
         for first in range(start * self.length, len(self._tokens), self.length):
             rows = slice(first, first + self.length)
             yield Window(self._tokens[rows], self._targets[rows], first)
+
+
+class TextLoader:
+    """The windows of a `StreamLoader` as the training loop takes batches; arguments and errors are the same.
+
+    `Batch.images` is a window's tokens, int64 [T, B]; its other tensors have a row for each of them, [T * B], place by
+    place: the token that follows as label (IGNORED past the text's end), and as sample id where it stands, which is the
+    same in every epoch.
+    """
+
+    exact_resume = True
+
+    def __init__(
+        self,
+        text: Tensor,
+        *,
+        batch_size: int,
+        length: int = 35,
+        training: bool = True,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._streams = StreamLoader(text, batch_size=batch_size, length=length, training=training, device=device)
+        self.steps_per_epoch = self._streams.steps_per_epoch
+        self.sample_shape = (length,)
+        self.num_classes_hint = int(text.max()) + 1
+
+    def __len__(self) -> int:
+        """Tokens that are predicted in an epoch."""
+        return self._streams.targets_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The windows from number `start` on, in the text's order."""
+        streams = self._streams.batch_size
+        for window in self._streams.epoch(start):
+            targets = window.targets.flatten()
+            ids = torch.arange(len(targets), device=targets.device) + window.first * streams
+            yield Batch(window.tokens, targets, ids, torch.zeros_like(ids))
 
 
 def _streams(values: Tensor, batch: int, places: int, filling: int) -> Tensor:  # [P] -> [places, batch]

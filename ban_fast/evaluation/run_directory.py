@@ -131,8 +131,15 @@ def _is_vote(record: dict[str, Any], generations: int) -> bool:
 
 
 def _has_figures(record: dict[str, Any]) -> bool:
-    """Whether a record has its test figures as numbers, and its reliability as lists of as many."""
+    """Whether a record has its test figures as numbers; of images, its reliability as lists of as many."""
     test, bins = record.get("test"), record.get("reliability")
+    if isinstance(test, dict) and "perplexity" in test:
+        best = record.get("best")
+        return (
+            _has_perplexity(test)
+            and ("members" in record or _has_perplexity(record.get("valid")))
+            and (best is None or (isinstance(best, dict) and _is_number(best.get("epoch")) and _is_best(best)))
+        )
     if not (isinstance(test, dict) and isinstance(bins, dict)):
         return False
     lists = [bins.get(name) for name in ("count", "confidence", "accuracy")]
@@ -142,6 +149,14 @@ def _has_figures(record: dict[str, Any]) -> bool:
         and len({len(values) for values in lists if values}) == 1
         and sum(lists[0] or []) > 0
     )
+
+
+def _is_best(best: dict[str, Any]) -> bool:
+    return _has_perplexity(best.get("valid")) and _has_perplexity(best.get("test"))
+
+
+def _has_perplexity(figures: Any) -> bool:
+    return isinstance(figures, dict) and all(_is_number(figures.get(name)) for name in ("perplexity", "nll"))
 
 
 def _is_number(value: Any) -> bool:

@@ -1,13 +1,14 @@
 """Networks by name (`create`), and the classes behind the names."""
 
-from .cnn_lstm import CnnLSTM
+from .cnn_lstm import LEAST_WINDOW, CnnLSTM
 from .densenet import DenseNet
 from .lstm import LanguageModel, State, WordLSTM
-from .registry import create, names, needs_image_size
+from .registry import create, names, needs_characters, needs_image_size, reads
 from .small import MLP, ConvNet
 from .wide_resnet import WideResNet
 
 __all__ = [
+    "LEAST_WINDOW",
     "MLP",
     "CnnLSTM",
     "ConvNet",
@@ -18,5 +19,7 @@ __all__ = [
     "WordLSTM",
     "create",
     "names",
+    "needs_characters",
     "needs_image_size",
+    "reads",
 ]

@@ -11,6 +11,7 @@ CHARACTERS, WINDOW = 51, 21
 """Of Penn Treebank: 46 letters and signs, one each for <unk> and <eos>, padding, start and end of a word; and its
 longest word, of 19, with start and end."""
 KERNELS = range(1, 8)
+LEAST_WINDOW = KERNELS[-1]
 LARGE = 650
 """Width of the LSTM in the authors' large model, which the paper trains."""
 
@@ -79,7 +80,7 @@ class CnnLSTM(LanguageModel):
     ) -> None:
         checks.whole("hidden", hidden)
         checks.whole("characters", characters)
-        checks.whole("window", window, KERNELS[-1])
+        checks.whole("window", window, LEAST_WINDOW)
         maps = [max(1, round(min(200, 50 * kernel) * hidden / LARGE)) for kernel in KERNELS]
         super().__init__(sum(maps), hidden, num_classes, layers=layers, dropout=dropout, tied=False)
         self.window = window

@@ -35,6 +35,7 @@ class Family:
     options: tuple[str, ...] = ()
     needs_image_size: bool = False
     reads: Literal["images", "tokens"] = "images"
+    needs_characters: bool = False
 
 
 _CNN_LSTM_OPTIONS = ("characters", "window", "table", "layers", "dropout")
@@ -51,8 +52,8 @@ FAMILIES: dict[str, Family] = {
     "convnet-{width}": Family(ConvNet),
     "mlp-{hidden}": Family(MLP, ("image_size",), needs_image_size=True),
     "lstm-{hidden}": Family(WordLSTM, ("layers", "dropout", "tied"), reads="tokens"),
-    "cnn-lstm": Family(CnnLSTM, _CNN_LSTM_OPTIONS, reads="tokens"),
-    "cnn-lstm-{hidden}": Family(CnnLSTM, _CNN_LSTM_OPTIONS, reads="tokens"),
+    "cnn-lstm": Family(CnnLSTM, _CNN_LSTM_OPTIONS, reads="tokens", needs_characters=True),
+    "cnn-lstm-{hidden}": Family(CnnLSTM, _CNN_LSTM_OPTIONS, reads="tokens", needs_characters=True),
 }
 
 
@@ -106,6 +107,18 @@ def needs_image_size(name: str) -> bool:
     if _is_factory(name):
         return "image_size" in external.parameters(name, external.find_factory(name))
     return _find(name)[0].needs_image_size
+
+
+def reads(name: str) -> Literal["images", "tokens"] | None:
+    """What a network takes; None of a `package.module:factory`, which only it knows."""
+    if name.startswith(("torchvision:", "timm:")):
+        return "images"
+    return None if _is_factory(name) else _find(name)[0].reads
+
+
+def needs_characters(name: str) -> bool:
+    """Whether `create` wants the words' characters for this network: options table, characters and window."""
+    return reads(name) == "tokens" and _find(name)[0].needs_characters
 
 
 def _is_factory(name: str) -> bool:

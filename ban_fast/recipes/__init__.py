@@ -6,14 +6,18 @@ from ..config import Config
 from ..errors import UserError, suggest
 from .demo import demo
 from .paper import cifar10, cifar100, paper
+from .penn_treebank import ptb_cnn_lstm, ptb_lstm, ptb_small
 
-__all__ = ["cifar10", "cifar100", "demo", "get", "names", "paper"]
+__all__ = ["cifar10", "cifar100", "demo", "get", "names", "paper", "ptb_cnn_lstm", "ptb_lstm", "ptb_small"]
 
 _RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "paper": paper,
+    "ptb-lstm": ptb_lstm,
+    "ptb-cnn-lstm": ptb_cnn_lstm,
+    "ptb-small": ptb_small,
 }
 
 

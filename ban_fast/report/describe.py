@@ -65,6 +65,13 @@ def standard_error(record: Mapping[str, Any]) -> float:
     return 100 * math.sqrt(share * (1 - share) / test_images(record))
 
 
+def headline(test: Mapping[str, Any]) -> str:
+    """The figure that counts of a split's: "error 1.67 %" of images, "perplexity 71.87" of a text."""
+    if "perplexity" in test:
+        return f"perplexity {test['perplexity']:.2f}"
+    return f"error {test['error']:.2f} %"
+
+
 def duration(seconds: float) -> str:
     """ "9.8 s", "3.4 min" or "2.1 h"."""
     if seconds < 99.95:

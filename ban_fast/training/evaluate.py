@@ -11,10 +11,11 @@ from ..errors import UserError
 from ..evaluation import RunDirectory
 from ..evaluation.run_directory import MODEL
 from .checkpoint import load_model
-from .evaluator import TEST, Evaluator
+from .evaluator import TEST
+from .jobs import make_task
 from .run_store import stored_config
 from .seeds import generation_seed, isolated
-from .task import ModelFactory, Samples, make_task, training_device, with_own
+from .task import ModelFactory, Samples, training_device, with_own
 
 
 def evaluate_run(
@@ -49,20 +50,20 @@ def evaluate_run(
     place = training_device(device)
     with isolated(place):
         task = make_task(config, place, model=model, train=train, test=test, validation=validation)
-        evaluator = Evaluator(task.evaluation, place, config.seed, lambda: False)
+        evaluator = task.evaluator(config.seed, lambda: False)
         records: list[dict[str, Any]] = []
-        test_logits: dict[int, Tensor] = {}
+        test_outputs: dict[int, Tensor] = {}
         for number in chosen:
             network = task.network(generation_seed(config.seed, number))
             load_model(directory.generation(number) / MODEL, network, finished[number].get("model_sha256"))
-            logits = {split: evaluator.logits(network, split) for split in evaluator.splits}
-            records.append({**finished[number], **evaluator.record(logits)})
-            test_logits |= {number: logits[TEST]} if TEST in logits else {}
+            outputs = {split: evaluator.outputs(network, split) for split in evaluator.splits}
+            records.append({**finished[number], **evaluator.record(outputs)})
+            test_outputs |= {number: outputs[TEST]} if TEST in outputs else {}
         ensembles: list[dict[str, Any]] = []
         if TEST in evaluator.splits:
             votes = [chosen] if members is not None else [range(1, n + 1) for n in range(2, len(finished))]
             for vote in votes:
-                ensembles += evaluator.ensembles(list(vote), [test_logits[member] for member in vote])
+                ensembles += evaluator.ensembles(list(vote), [test_outputs[member] for member in vote])
     return {"format": results["format"], "generations": records, "ensembles": ensembles}
 
 

@@ -1,19 +1,19 @@
-"""A network's outputs for the images that are not trained on, and their figures."""
+"""A network's outputs for what is not trained on, and their figures: of images here, of texts in `text_evaluator`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Loader
+from ..data import Batch, Loader
 from ..errors import UserError
 from ..evaluation import AVERAGES, classification_metrics, ensemble, reliability
 from .observer import Interrupted
 from .seeds import derived_seed, isolated
 
-TEST, VALIDATION = "test", "validation"
+TEST = "test"
 
 
 @contextmanager
@@ -33,7 +33,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 class Evaluator:
-    """Runs networks over the evaluation images: in eval mode, full precision and fixed order."""
+    """Runs networks over what is not trained on: in eval mode, full precision and fixed order.
+
+    A network's outputs are all that its figures, and those of a vote with others, need.
+    """
+
+    figure: ClassVar[str]
+    """The figure that counts, the lower the better."""
+    validation: ClassVar[str]
+    """What the split is called that may choose."""
+    keeps_best: ClassVar[bool]
+    """Whether the figures of the epoch that was best on it are reported, beside the last one's."""
 
     def __init__(
         self, loaders: dict[str, Loader], device: torch.device, run_seed: int, should_stop: Callable[[], bool]
@@ -42,53 +52,96 @@ class Evaluator:
         self._device = device
         self._seed = derived_seed(run_seed, "evaluation")
         self._should_stop = should_stop
-        self._labels: dict[str, Tensor] = {}
 
     @property
     def splits(self) -> list[str]:
-        """ "test" and "validation", as far as there are such images."""
+        """The test and the validation split, as far as there are such samples."""
         return list(self._loaders)
 
     @property
+    def selection(self) -> str | None:
+        """The split that a learning rate, or an epoch, may be chosen by: never the test split."""
+        return self.validation if self.validation in self._loaders else None
+
+    @property
     def curve(self) -> str | None:
-        """The images that learning curves are drawn on: for validation if there are any, else the test images."""
-        return next((split for split in (VALIDATION, TEST) if split in self._loaders), None)
+        """What learning curves are drawn on: the validation split if there is one, else the test split."""
+        return self.selection or (TEST if TEST in self._loaders else None)
 
     @torch.no_grad()
-    def logits(self, network: nn.Module, split: str) -> Tensor:
-        """[N, C] on the CPU. UserError where they are not finite; Interrupted where `should_stop` says so."""
+    def outputs(self, network: nn.Module, split: str) -> Tensor:
+        """[N, ...] on the CPU. UserError where they are not finite; Interrupted where `should_stop` says so."""
         network.eval()
-        outputs, labels = [], []
         # Seeded, so that even a user's shuffling DataLoader serves every network in the same order; isolated, so that
         # it draws nothing from the training's generators.
         with isolated(self._device, self._seed), full_precision(self._device):
-            for batch in self._loaders[split].epoch(0):
-                if self._should_stop():
-                    raise Interrupted
-                outputs.append(network(batch.images))
-                labels.append(batch.labels)
-        logits = torch.cat(outputs).cpu()
-        if not logits.isfinite().all():
-            raise UserError(f"the network's outputs for the {split} images are not finite: lower --lr")
+            outputs = self._outputs(network, split, self._batches(split))
+        if not outputs.isfinite().all():
+            raise UserError(f"the network's outputs for the {split} {self._samples} are not finite: lower --lr")
+        return outputs
+
+    def _batches(self, split: str) -> Iterator[Batch]:
+        for batch in self._loaders[split].epoch(0):
+            if self._should_stop():
+                raise Interrupted
+            yield batch
+
+    _samples: ClassVar[str]
+
+    def _outputs(self, network: nn.Module, split: str, batches: Iterator[Batch]) -> Tensor:
+        raise NotImplementedError
+
+    def figures(self, outputs: Tensor, split: str) -> dict[str, float]:
+        """A split's figures of one network, from its outputs there."""
+        raise NotImplementedError
+
+    def record(self, outputs: dict[str, Tensor]) -> dict[str, Any]:
+        """A generation's figures on every split, from its outputs there, as results.json has them."""
+        return {split: self.figures(values, split) for split, values in outputs.items()}
+
+    def ensembles(self, members: list[int], test_outputs: list[Tensor]) -> list[dict[str, Any]]:
+        """The members' votes on the test split, as results.json has them."""
+        raise NotImplementedError
+
+
+class ImageEvaluator(Evaluator):
+    """Error, NLL and calibration; a network's outputs are its logits [N, C]."""
+
+    figure = "error"
+    validation = "validation"
+    keeps_best = False
+    _samples = "images"
+
+    def __init__(
+        self, loaders: dict[str, Loader], device: torch.device, run_seed: int, should_stop: Callable[[], bool]
+    ) -> None:
+        super().__init__(loaders, device, run_seed, should_stop)
+        self._labels: dict[str, Tensor] = {}
+
+    def _outputs(self, network: nn.Module, split: str, batches: Iterator[Batch]) -> Tensor:
+        outputs, labels = [], []
+        for batch in batches:
+            outputs.append(network(batch.images))
+            labels.append(batch.labels)
         self._keep_labels(split, torch.cat(labels).cpu())
-        return logits
+        return torch.cat(outputs).cpu()
 
-    def figures(self, logits: Tensor, split: str) -> dict[str, float]:
-        """Error, NLL and ECE of one network, from its logits [N, C]."""
-        return classification_metrics(ensemble([logits]), self._labels[split])
+    def figures(self, outputs: Tensor, split: str) -> dict[str, float]:
+        """Error, NLL and ECE."""
+        return classification_metrics(ensemble([outputs]), self._labels[split])
 
-    def record(self, logits: dict[str, Tensor]) -> dict[str, Any]:
-        """A generation's figures on every split, from its logits there, as results.json has them."""
-        record: dict[str, Any] = {split: self.figures(values, split) for split, values in logits.items()}
-        if TEST in logits:
-            record["reliability"] = reliability(ensemble([logits[TEST]]), self._labels[TEST])
+    def record(self, outputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Those, and the reliability diagram of the test images."""
+        record = super().record(outputs)
+        if TEST in outputs:
+            record["reliability"] = reliability(ensemble([outputs[TEST]]), self._labels[TEST])
         return record
 
-    def ensembles(self, members: list[int], test_logits: list[Tensor]) -> list[dict[str, Any]]:
-        """The members' votes on the test images, by either average, as results.json has them."""
+    def ensembles(self, members: list[int], test_outputs: list[Tensor]) -> list[dict[str, Any]]:
+        """By either average."""
         records = []
         for average in AVERAGES:
-            predictions = ensemble(test_logits, average)
+            predictions = ensemble(test_outputs, average)
             records.append(
                 {
                     "members": list(members),

@@ -15,7 +15,7 @@ from ..errors import OptionError, UserError
 from .adoption import adopt_teacher
 from .compiled import check_compiler
 from .environment import device_name, differences, environment
-from .evaluator import Evaluator
+from .jobs import make_task, network_factory
 from .learner import objective_name, total_steps
 from .lineage import Lineage
 from .loop import Loop
@@ -24,7 +24,7 @@ from .observer import Interrupted, Observer, Plan
 from .results import Results
 from .run_store import RunStore
 from .seeds import derived_seed, generation_seed, isolated
-from .task import CUSTOM, ModelFactory, Samples, Task, build, make_task, network_factory, training_device, with_own
+from .task import CUSTOM, ModelFactory, Samples, Task, build, training_device, with_own
 from .teacher import Teacher, fingerprint
 from .teacher_choice import FOLDER, check_cache, choose_teacher, remove_own
 
@@ -79,7 +79,7 @@ def run(
             check_compiler(device)
         if store is not None:
             begin(store, config, task, resume, observer)
-        evaluator = Evaluator(task.evaluation, device, config.seed, should_stop)
+        evaluator = task.evaluator(config.seed, should_stop)
         lineage = Lineage(config, task, store, evaluator, observer)
         if teacher_from is not None and not lineage.finished:
             adopt_teacher(lineage, Path(teacher_from))
@@ -200,6 +200,8 @@ def _plan(config: Config, task: Task, finished: int) -> Plan:
         epochs=-(-steps // steps_per_epoch),
         parameters=task.shape["parameters"],
         device=device_name(task.device),
+        unit=task.unit,
+        rows_per_step=task.rows_per_step,
         students=config.students,
     )
 

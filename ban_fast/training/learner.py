@@ -1,6 +1,5 @@
 """A self in training: its weights, its optimizer, and whatever else the rest of its training depends on."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,15 +10,14 @@ from ..config import Config, ObjectiveConfig
 from ..data import Batch, Loader
 from ..errors import UserError
 from .accumulate import added, parts, with_total
-from .compiled import compiled
 from .evaluator import Evaluator
 from .metrics import Meter
 from .objectives import Terms, make_objective
 from .observer import Observer
-from .optim import learning_rate, make_optimizer
+from .optim import Plateau, clip, learning_rate, make_optimizer
 from .run_store import GenerationFiles
 from .seeds import Turns, derived_seed, random_state, seed_everything, set_random_state
-from .task import trainable_parameters
+from .task import Task, trainable_parameters
 from .teacher import Taught, Teacher
 
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,8 +32,8 @@ class Learner:
     def __init__(
         self,
         config: Config,
+        task: Task,
         loader: Loader,
-        device: torch.device,
         *,
         number: int,
         seed: int,
@@ -46,7 +44,8 @@ class Learner:
         observer: Observer,
         together: bool = False,
     ) -> None:
-        self.config, self.loader, self.device = config, loader, device
+        self.config, self.task, self.loader = config, task, loader
+        device = self.device = task.device
         self.number, self.seed = number, seed
         self.network, self.teacher = network, teacher
         self.parameters = trainable_parameters(network)
@@ -60,16 +59,18 @@ class Learner:
         self.objective = make_objective(objective, derived_seed(seed, "dkpp"))
         self.optimizer = make_optimizer(config.optimizer, network.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.forward: Callable[[Tensor], Tensor] = compiled(network) if config.compile else network
+        self.reader = task.reader(network)
+        self.plateau = Plateau(config.optimizer)
         self.meter = Meter(device)
 
         self.step = 0  # optimizer steps made
         self.epoch = 0  # epochs closed
         self.batch = 0  # batches used of the epoch begun
-        self.images = 0  # images trained on
+        self.images = 0  # images or tokens trained on
         self.seconds = 0.0  # spent on that
         self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)
-        self.last_logits: dict[str, Tensor] = {}  # by split, of the final weights, as far as they were asked for
+        self.last_outputs: dict[str, Tensor] = {}  # by split, of the final weights, as far as they were asked for
+        self.best: dict[str, Any] | None = None  # of the epoch with the best figure on a selection split
         self._unsaved = True
         self._turns = Turns(device) if together else None
         with self.turn():
@@ -88,12 +89,22 @@ class Learner:
         """Batches of an epoch: all, or, in the last one, what `max_steps` leaves."""
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
+    def begin_epoch(self) -> None:
+        """Go on with the epoch, or begin it."""
+        self.network.train()
+        if self.batch:
+            return
+        self.reader.begin()
+        if self.teacher is not None:
+            self.teacher.begin()
+
     def learn(self, batch: Batch, taught: Taught | None) -> None:
         """One optimizer step."""
-        rate = learning_rate(self.config.optimizer, self.step, self.total_steps)
+        rate = learning_rate(self.config.optimizer, self.step, self.total_steps) * self.plateau.factor
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         terms, logits = self._gradients(batch, taught)
+        clip(self.config.optimizer, self.optimizer, self.scaler)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -116,7 +127,8 @@ class Learner:
                 logits = self._logits(part.batch.images)
             terms = self.objective(logits, part.taught, part.batch, self.step_on_device)
             share = 1.0 if is_weighted else part.share  # CWTM's weights are shares themselves
-            torch.autograd.backward(self.scaler.scale(terms.loss if share == 1 else terms.loss * share))
+            weight = share * self.task.loss_factor
+            torch.autograd.backward(self.scaler.scale(terms.loss if weight == 1 else terms.loss * weight))
             total = added(total, terms, share)
             outputs.append(logits.detach())
         assert total is not None
@@ -124,7 +136,7 @@ class Learner:
 
     def _logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
         try:
-            return self.forward(images)
+            return self.reader(images)
         except ValueError as error:
             if len(images) > 1:
                 raise
@@ -145,9 +157,14 @@ class Learner:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train": self.meter.means(),
         }
-        split = self.evaluator.curve
+        split, best = self.evaluator.curve, self.best
         if split is not None and (is_last or (self.epoch + 1) % self.config.evaluate_every == 0):
-            record["evaluation"] = {"split": split, **self._evaluate(split, is_last)}
+            figures = self._evaluate(split, is_last)
+            best = self._better(figures, is_last)
+            record["evaluation"] = {"split": split, **figures}
+            if split == self.evaluator.selection:
+                self.plateau.observe(figures[self.evaluator.figure])
+        self.best = best
         record["seconds"] = self.seconds
         if self.files is not None:
             self.files.journal.append(record)
@@ -157,10 +174,20 @@ class Learner:
         self.observer.epoch_finished(self.number, record)
 
     def _evaluate(self, split: str, is_last: bool) -> dict[str, float]:
-        logits = self.evaluator.logits(self.network, split)
+        outputs = self.evaluator.outputs(self.network, split)
         if is_last:
-            self.last_logits[split] = logits
-        return self.evaluator.figures(logits, split)
+            self.last_outputs[split] = outputs
+        return self.evaluator.figures(outputs, split)
+
+    def _better(self, figures: dict[str, float], is_last: bool) -> dict[str, Any] | None:
+        """The best epoch's figures so far, this one's being `figures` on the split that may choose."""
+        name, split = self.evaluator.figure, self.evaluator.selection
+        if not self.evaluator.keeps_best or split is None:
+            return None
+        if self.best is not None and not figures[name] < self.best[split][name]:
+            return self.best
+        others = {other: self._evaluate(other, is_last) for other in self.evaluator.splits if other != split}
+        return {"epoch": self.epoch + 1, split: figures, **others}
 
     def finish(self) -> None:
         """The last look at teacher and weights, and the last checkpoint."""
@@ -227,6 +254,9 @@ class Learner:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "plateau": self.plateau.state(),
+            "best": self.best,
+            "carried": self.reader.state(),
             "sums": self.meter.sums,
             "sum_images": self.meter.images,
             "random": drawn,
@@ -240,6 +270,9 @@ class Learner:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.plateau.restore(state["plateau"])
+        self.best = state["best"]
+        self.reader.restore(state["carried"])
         self.meter.sums.copy_(state["sums"])
         self.meter.images = state["sum_images"]
         self.step_on_device.fill_(self.step)
@@ -259,15 +292,15 @@ class Learner:
             "steps": self.step,
             "parameters": self.parameters,
             "train_seconds": self.seconds,
-            "images_per_second": self.images / self.seconds if self.seconds else 0.0,
+            f"{self.task.unit}_per_second": self.images / self.seconds if self.seconds else 0.0,
         }
+        if self.best is not None:
+            record["best"] = self.best
         if self.number:
-            record["teacher"] = NO_TEACHER if self.teacher is None else self.teacher.record(self.images)
+            unit, teacher = self.task.unit, self.teacher
+            no_teacher = {"mode": "none", "dtype": None, f"forward_{unit}": 0}  # labels alone
+            record["teacher"] = no_teacher if teacher is None else teacher.record(self.images, unit)
         return record
-
-
-NO_TEACHER = {"mode": "none", "dtype": None, "forward_images": 0}
-"""What results.json says of the teacher of a student that learned from labels alone."""
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -37,7 +37,7 @@ class Lineage:
         self.results: dict[str, Any] = empty_results() if store is None else store.results
         self._networks: dict[int, nn.Module] = {}
         self._trained: set[int] = set() if trained is None else trained
-        self._test_logits: dict[int, Tensor] = {}
+        self._test_outputs: dict[int, Tensor] = {}
 
     @property
     def finished(self) -> int:
@@ -61,8 +61,8 @@ class Lineage:
         files = None if self.store is None else self.store.generation(number)
         learner = Learner(
             self.config,
+            self.task,
             loader,
-            self.task.device,
             number=number,
             seed=seed,
             network=self._fresh_network(seed),
@@ -81,13 +81,14 @@ class Lineage:
         number, network = learner.number, learner.network.eval().requires_grad_(False)
         self._networks[number] = network
         record = learner.record()
-        logits = {
-            split: learner.last_logits[split] if split in learner.last_logits else self.evaluator.logits(network, split)
+        last = learner.last_outputs
+        outputs = {
+            split: last[split] if split in last else self.evaluator.outputs(network, split)
             for split in self.evaluator.splits
         }
-        record |= self.evaluator.record(logits)
-        if TEST in logits:
-            self._test_logits[number] = logits[TEST]
+        record |= self.evaluator.record(outputs)
+        if TEST in outputs:
+            self._test_outputs[number] = outputs[TEST]
         if learner.files is not None:
             record["model_sha256"] = learner.files.save_model(network)
         self._put_down(record)
@@ -102,7 +103,7 @@ class Lineage:
             files.copy_from(other.store.generation(0))
             files.save_model(network)
         self._networks[0] = network
-        self._test_logits |= {number: z for number, z in other._test_logits.items() if number == 0}
+        self._test_outputs |= {number: z for number, z in other._test_outputs.items() if number == 0}
         self._put_down(copy.deepcopy(other.results["generations"][0]))
 
     def _put_down(self, record: dict[str, Any]) -> None:
@@ -119,9 +120,9 @@ class Lineage:
             return []
         members = list(range(1, newest + 1))
         for member in members:
-            if member not in self._test_logits:
-                self._test_logits[member] = self.evaluator.logits(self.network(member), TEST)
-        return self.evaluator.ensembles(members, [self._test_logits[member] for member in members])
+            if member not in self._test_outputs:
+                self._test_outputs[member] = self.evaluator.outputs(self.network(member), TEST)
+        return self.evaluator.ensembles(members, [self._test_outputs[member] for member in members])
 
     def network(self, number: int) -> nn.Module:
         """A finished generation's network, in hand or read from its file."""

@@ -41,14 +41,14 @@ class Loop:
     def run_epoch(self, epoch: int, learners: list[Learner]) -> None:
         """What is left of the epoch's batches, learned by each of `learners`."""
         for learner in learners:
-            learner.network.train()
+            learner.begin_epoch()
         taught_by = [learner.teacher for learner in learners if learner.teacher is not None]
         teachers = list({id(teacher): teacher for teacher in taught_by}.values())
         first, last = min(learner.batch for learner in learners), learners[0].batches(epoch)
         self._clock = time.perf_counter()
         batches = islice(self._loader.epoch(epoch, first), last - first)
         for number, batch in enumerate(self._prepared(batches, first, teachers), start=first):
-            self._step(batch, [learner for learner in learners if learner.batch == number], teachers)
+            self._step(batch, [learner for learner in learners if learner.batch == number])
             self._observer.step(self._number, epoch * learners[0].steps_per_epoch + number + 1)
             stop = self._should_stop()
             if stop or self._is_due():
@@ -76,9 +76,10 @@ class Loop:
             first += len(group)
             yield from group
 
-    def _step(self, batch: Batch, learners: list[Learner], teachers: list[Teacher]) -> None:
+    def _step(self, batch: Batch, learners: list[Learner]) -> None:
+        teachers = {id(learner.teacher): learner.teacher for learner in learners if learner.teacher is not None}
         with autocast(self._config, self._device):
-            taught = {id(teacher): teacher(batch) for teacher in teachers}
+            taught = {key: teacher(batch) for key, teacher in teachers.items()}
         for learner in learners:
             with learner.turn():
                 learner.learn(batch, None if learner.teacher is None else taught[id(learner.teacher)])

@@ -24,6 +24,10 @@ class Plan:
     """Trainable parameters of the network."""
     device: str
     """Where it runs: "cpu", or the GPU's name."""
+    unit: str = "images"
+    """What is trained on: "images" or "tokens"."""
+    rows_per_step: int
+    """How many of them a step takes."""
     students: tuple[str, ...] = ()
     """Objectives of students trained side by side, who make each step together; empty for one."""
 

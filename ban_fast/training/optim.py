@@ -1,7 +1,8 @@
-"""SGD, and learning rates as functions of the step alone: there is nothing to save or to shift."""
+"""SGD, and learning rates: functions of the step alone, with nothing to save or to shift; and one that looks back."""
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +17,9 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     """The learning rate of step `step` of 0..total_steps-1.
 
     "step" drops at the steps nearest to its milestones' shares of `total_steps`: for the paper's 200 epochs, with the
-    first step of epochs 60, 120 and 160 (counted from 0).
+    first step of epochs 60, 120 and 160 (counted from 0). What "plateau" takes off it is a `Plateau`'s factor.
     """
-    if config.schedule == "constant":
+    if config.schedule in ("constant", "plateau"):
         return config.lr
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
@@ -57,3 +58,42 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         for parameter in trained:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+class Plateau:
+    """What schedule "plateau" has made of the learning rate: `lr_decay` for each epoch that brought too little.
+
+    Too little: the validation figure did not fall below the best so far by `plateau_threshold` at least (a threshold
+    of 0: did not fall). Other schedules leave the factor at 1.
+    """
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self._config = config
+        self.factor = 1.0
+        self._best = math.inf
+
+    def observe(self, figure: float) -> None:
+        """The validation figure of an epoch, the lower the better."""
+        if self._config.schedule != "plateau":
+            return
+        threshold = self._config.plateau_threshold
+        has_fallen = figure <= self._best - threshold if threshold else figure < self._best
+        if not has_fallen:
+            self.factor *= self._config.lr_decay
+        self._best = min(self._best, figure)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"factor": self.factor, "best": self._best}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a `state`."""
+        self.factor, self._best = state["factor"], state["best"]
+
+
+def clip(config: OptimizerConfig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Shrink the gradients, all together, to a norm of `clip_norm` where theirs is larger. No wait for the device."""
+    if config.clip_norm is None:
+        return
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip_norm)

@@ -30,7 +30,7 @@ from .metrics import Journal
 
 # What may differ between a run and its continuation: nothing that is computed depends on it.
 _FREE = {"data.directory", "data.loader", "teacher.cache_directory", "checkpoint_seconds"}
-_STATE_FORMAT = 2  # of state.pt; another one is another configuration's checkpoint
+_STATE_FORMAT = 3  # of state.pt; another one is another configuration's checkpoint
 _GENERATIONS = [RESULTS, *(f"generation-*/{name}" for name in (STATE, METRICS, MODEL))]
 _TEMPORARIES = [name + TEMPORARY for name in (CONFIG, ENVIRONMENT, *_GENERATIONS)]
 

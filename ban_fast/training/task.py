@@ -26,6 +26,9 @@ from ..data import (
     open_loader,
 )
 from ..errors import OptionError, UserError
+from .compiled import compiled
+from .evaluator import Evaluator, ImageEvaluator
+from .reader import Forward, Reader
 from .seeds import derived_seed, isolated, seed_everything
 
 CUSTOM = "custom"
@@ -62,8 +65,10 @@ class Task:
     device: torch.device
     train: Callable[[int], Loader]
     """The loader of a generation's training batches, from the seed of their order and views."""
-    evaluation: dict[str, Loader]
-    """"test" and "validation", as far as there are such images; in fixed order."""
+    evaluator: Callable[[int, Callable[[], bool]], Evaluator]
+    """Of a run with this seed, which asks the function whether to stop."""
+    reader: Callable[[nn.Module], Reader]
+    """How a network is shown what the loader serves."""
     factory: ModelFactory
     channels_last: bool
     shape: dict[str, Any]
@@ -74,6 +79,12 @@ class Task:
     """Whether the network's training depends on which images share a batch."""
     views: Views | None
     """None where what will be shown is not known: a DataLoader's samples are what it makes of them."""
+    unit: str = "images"
+    """What the rows of a batch are, in speeds."""
+    rows_per_step: int
+    """Of them in a batch of training."""
+    loss_factor: float = 1.0
+    """What a batch's mean loss is multiplied by for its gradient."""
 
     def network(self, generation_seed: int) -> nn.Module:
         """A fresh network, from draws of its own generation's seed."""
@@ -114,7 +125,7 @@ def with_own(config: Config, model: ModelFactory | None, train: Samples | None, 
     return config
 
 
-def make_task(
+def image_task(
     config: Config,
     device: torch.device,
     *,
@@ -137,9 +148,9 @@ def make_task(
         evaluation = {}
     sample = train_loader(0)
     shape = sample.sample_shape
-    factory = model or _factory(config.model, classes, shape)
+    factory = model or image_factory(config.model, classes, shape)
     with isolated(device, seed=0):
-        network = _placed(factory(), device, config.channels_last)
+        network = placed(factory(), device, config.channels_last)
         width = _output_width(network, shape, device)
     if trainable_parameters(network) == 0:
         raise UserError("the network has no parameter that requires a gradient: nothing to train")
@@ -157,10 +168,15 @@ def make_task(
                 raise UserError(
                     f"{name} samples have shape {list(loader.sample_shape)}, training samples {list(shape)}"
                 )
+    if config.optimizer.schedule == "plateau" and ImageEvaluator.validation not in evaluation:
+        raise OptionError(
+            "optimizer.schedule", "plateau looks at a validation split: set --val-fraction, or validation="
+        )
     return Task(
         device=device,
         train=train_loader,
-        evaluation=evaluation,
+        evaluator=lambda seed, should_stop: ImageEvaluator(evaluation, device, seed, should_stop),
+        reader=lambda network: Forward(compiled(network) if config.compile else network),
         factory=factory,
         channels_last=config.channels_last,
         shape={
@@ -171,15 +187,16 @@ def make_task(
             **{f"{name}_images": _count(loader) for name, loader in evaluation.items()},
             "parameters": trainable_parameters(network),
         },
-        structure=_structure(network),
+        structure=structure(network),
         has_batch_norm=any(isinstance(module, _BatchNorm) for module in network.modules()),
         views=views,
+        rows_per_step=min(config.batch_size, _count(sample) or config.batch_size),
     )
 
 
 def build(factory: ModelFactory, shape: dict[str, Any], device: torch.device, channels_last: bool) -> nn.Module:
     """A network on its device, its lazy layers, if it has some, given the shapes of the data's."""
-    network = _placed(factory(), device, channels_last)
+    network = placed(factory(), device, channels_last)
     if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
         _output_width(network, tuple(shape["sample_shape"]), device)
     return network
@@ -188,11 +205,6 @@ def build(factory: ModelFactory, shape: dict[str, Any], device: torch.device, ch
 def trainable_parameters(network: nn.Module) -> int:
     """How many numbers training changes."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-
-
-def network_factory(config: ModelConfig, shape: dict[str, Any]) -> ModelFactory:
-    """The factory of a configuration's network, from a run's record of what its data looked like."""
-    return _factory(config, shape["classes"], tuple(shape["sample_shape"]))
 
 
 def _load(config: DataConfig) -> Dataset[Any]:
@@ -332,7 +344,8 @@ def _tensors(samples: Any) -> tuple[Tensor, Tensor]:
     return samples[0], samples[1]
 
 
-def _factory(config: ModelConfig, classes: int, shape: tuple[int, ...]) -> ModelFactory:
+def image_factory(config: ModelConfig, classes: int, shape: tuple[int, ...]) -> ModelFactory:
+    """The factory of a network of images of that shape, [C, H, W]."""
     if len(shape) != 3:
         raise UserError(
             f"{config.name} takes images [C, H, W], got samples of shape {list(shape)}; pass your own model="
@@ -346,7 +359,8 @@ def _factory(config: ModelConfig, classes: int, shape: tuple[int, ...]) -> Model
     return lambda: models.create(config.name, classes, **options)
 
 
-def _placed(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+def placed(network: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """What a factory returned, on its device; UserError if that is no network."""
     if not isinstance(network, nn.Module):
         raise UserError(f"model= must return a torch.nn.Module, got {type(network).__name__}")
     if channels_last:
@@ -363,14 +377,15 @@ def _output_width(network: nn.Module, shape: tuple[int, ...], device: torch.devi
     except UserError:
         raise
     except Exception as error:  # as libraries' networks see fit: RuntimeError, AssertionError (timm), ValueError, more
-        raise UserError(f"the network does not take samples of shape {list(shape)}: {_first_line(error)}") from error
+        raise UserError(f"the network does not take samples of shape {list(shape)}: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the network must return logits [B, classes], got {got} for 2 samples")
     return logits.shape[1]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type's name."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
@@ -378,7 +393,8 @@ def _count(loader: Loader) -> int | None:
     return len(loader) if isinstance(loader, KeyedLoader) else None
 
 
-def _structure(network: nn.Module) -> str:
+def structure(network: nn.Module) -> str:
+    """A hash of the names and shapes of a network's tensors."""
     shapes = [
         f"{name} {list(tensor.shape)}" for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)
     ]

@@ -1,7 +1,7 @@
 """The teacher: the generation before, frozen. What it says of a batch, and the one that says it live."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..errors import UserError
+from .reader import Forward, Reader
 
 
 class Taught(NamedTuple):
@@ -27,6 +28,10 @@ class Taught(NamedTuple):
 class Teacher(Protocol):
     """What the training loop needs of a teacher; several students may share one."""
 
+    def begin(self) -> None:
+        """The next batch is an epoch's first."""
+        ...
+
     def ahead(self, batch: Batch) -> int:
         """How many batches like this one it would like to `prepare` at a time; 1 or more."""
         ...
@@ -39,8 +44,8 @@ class Teacher(Protocol):
         """What it says of a batch that it was prepared for. Detached."""
         ...
 
-    def record(self, images: int) -> dict[str, Any]:
-        """What results.json says of the teacher of a student that was trained on so many images."""
+    def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
+        """What results.json says of the teacher of a student that was trained on so many images or tokens."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -71,16 +76,16 @@ class Teacher(Protocol):
 class Frozen:
     """A finished network in eval mode and without gradients, whose every parameter and buffer is watched."""
 
-    def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> None:
-        """`forward` computes what `network` does, where that is compiled; None: the network itself."""
+    def __init__(self, network: nn.Module, reader: Reader | None = None) -> None:
+        """`reader` shows the network its batches; None: each by itself, as it comes."""
         self.network = network.eval().requires_grad_(False)
         self.fingerprint = fingerprint(network)
-        self._forward = network if forward is None else forward
+        self.reader = Forward(network) if reader is None else reader
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
+    def logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [R, C]
         """The network's outputs, detached."""
-        return self._forward(images).detach()
+        return self.reader(images).detach()
 
     def check(self) -> None:
         """RuntimeError if the network is not what it was when this was made."""
@@ -94,9 +99,15 @@ class Frozen:
 class LiveTeacher(Frozen):
     """A teacher that gives its logits for each batch as it comes: the very images that the student sees."""
 
-    def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__(network, forward)
+    def __init__(self, network: nn.Module, reader: Reader | None = None) -> None:
+        super().__init__(network, reader)
         self._dtype: torch.dtype | None = None
+        self._asked = 0  # batches
+        self._restored: int | None = None
+
+    def begin(self) -> None:
+        """Forget what was carried."""
+        self.reader.begin()
 
     def ahead(self, batch: Batch) -> int:
         """One batch at a time."""
@@ -109,20 +120,26 @@ class LiveTeacher(Frozen):
         """One forward pass."""
         logits = self.logits(batch.images)
         self._dtype = logits.dtype
+        self._asked += 1
         return Taught(logits)
 
-    def record(self, images: int) -> dict[str, Any]:
-        """A forward pass for every image that the student was trained on."""
-        return {"mode": "live", "dtype": dtype_name(self._dtype), "forward_images": images}
+    def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
+        """A forward pass for all that the student was trained on."""
+        return {"mode": "live", "dtype": dtype_name(self._dtype), f"forward_{unit}": rows}
 
     def state(self) -> dict[str, Any]:
         """Which teacher it is."""
-        return {"mode": "live", "fingerprint": self.fingerprint, "dtype": self._dtype}
+        state = {"mode": "live", "fingerprint": self.fingerprint, "dtype": self._dtype}
+        return state | {"asked": self._asked, "carried": self.reader.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up a `state`. UserError if it was another teacher's."""
+        """Take up a `state`; of several students', the earliest. UserError if it was another teacher's."""
         check_fingerprint(state, self.fingerprint)
         self._dtype = state.get("dtype")
+        asked = state.get("asked", 0)  # a student's checkpoint that was begun with a cache has none
+        if self._restored is None or asked < self._restored:
+            self._asked = self._restored = asked
+            self.reader.restore(state.get("carried"))
 
     def sync(self) -> None:
         """There are no files."""

@@ -5,7 +5,7 @@ logits of an image don't depend on the other images of a batch of the same size.
 are gathered from some batches ahead, and shown to the teacher in batches of exactly the training's size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..errors import UserError
 from .cache_store import FileRows, MemoryRows
+from .reader import Reader
 from .teacher import Frozen, Taught, check_fingerprint, dtype_name
 
 _MOST_AHEAD = 16
@@ -29,7 +30,7 @@ class CachedTeacher(Frozen):
     def __init__(
         self,
         network: nn.Module,
-        forward: Callable[[Tensor], Tensor] | None = None,
+        reader: Reader | None = None,
         *,
         rows: MemoryRows | FileRows,
         samples: int,
@@ -50,7 +51,7 @@ class CachedTeacher(Frozen):
         `is_own`: whether files are for this teacher's students alone.
         UserError, with the files closed, where rows that are there can't be this network's.
         """
-        super().__init__(network, forward)
+        super().__init__(network, reader)
         self._rows = rows
         self._views, self._batch_size, self._device = views, batch_size, device
         self._only_confidence, self._is_own = only_confidence, is_own
@@ -73,6 +74,9 @@ class CachedTeacher(Frozen):
     def forward_images(self) -> int:
         """Images that went through the network for the students of this run."""
         return self._forwards_before + self._rows.forwards
+
+    def begin(self) -> None:
+        """Rows are known by their keys, whatever came before."""
 
     def ahead(self, batch: Batch) -> int:
         """As many as 64 MiB hold, at most 16."""
@@ -107,9 +111,9 @@ class CachedTeacher(Frozen):
             confidence = None if confidence is None else confidence[slots]
         return Taught(None, rows, table[:, 0]) if self._only_confidence else Taught(table, rows, confidence)
 
-    def record(self, images: int) -> dict[str, Any]:
+    def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
         """How many images the teacher saw, for all students that share it in this run."""
-        return {"mode": "cache", "dtype": dtype_name(self._dtype), "forward_images": self.forward_images}
+        return {"mode": "cache", "dtype": dtype_name(self._dtype), f"forward_{unit}": self.forward_images}
 
     def state(self) -> dict[str, Any]:
         """Which teacher it is, and how often it was asked."""

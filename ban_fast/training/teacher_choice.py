@@ -5,19 +5,18 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import Config
 from ..data import KeyedLoader, Loader
 from ..errors import OptionError
 from .cache_store import FileRows, MemoryRows, count_rows, descriptions
-from .compiled import compiled
 from .environment import device_name
 from .learner import autocast, total_steps
 from .locks import InUse
@@ -56,7 +55,7 @@ class Fill:
         assert task.views is not None
         images, steps_per_epoch = task.shape["train_images"], task.shape["steps_per_epoch"]
         steps, views = total_steps(config, steps_per_epoch), task.views.each
-        live = steps * _forward_batch(config, task)
+        live = steps * task.rows_per_step
         seen = views * (1 - (1 - 1 / views) ** (live / images))
         rows = min(round(images * seen), live)
         return cls(epochs=steps / steps_per_epoch, views=views, live=live, seen=seen, rows=rows)
@@ -117,19 +116,19 @@ def choose_teacher(
     would be other bits.
     UserError where a cache is damaged beyond use, another teacher's, or in use.
     """
-    forward: Callable[[Tensor], Tensor] | None = compiled(network) if config.compile else None
+    reader = task.reader(network)
     if config.teacher.mode == "live":
-        return LiveTeacher(network, forward), None
-    frozen = Frozen(network, forward)
+        return LiveTeacher(network, reader), None
+    frozen = Frozen(network, reader)
     reason, same_bits = _reason_for_live(frozen, config, task, home, before)
     if reason is not None:
-        return LiveTeacher(network, forward), f"live: {reason}"
+        return LiveTeacher(network, reader), f"live: {reason}"
     try:
-        return _cached(frozen, forward, config, task, loader, objectives, home, owner, same_bits)
+        return _cached(frozen, config, task, loader, objectives, home, owner, same_bits)
     except InUse:
         if not _may_change(config, before):
             raise
-        return LiveTeacher(network, forward), f"live: another process uses its cache in {_place(config, home)}"
+        return LiveTeacher(network, reader), f"live: another process uses its cache in {_place(config, home)}"
 
 
 def _may_change(config: Config, before: str | None) -> bool:
@@ -177,7 +176,6 @@ def _only_confidence(config: Config, objectives: Sequence[str]) -> bool:
 
 def _cached(
     frozen: Frozen,
-    forward: Callable[[Tensor], Tensor] | None,
     config: Config,
     task: Task,
     loader: Loader,
@@ -196,11 +194,11 @@ def _cached(
     on_device = task.device.type == "cuda" and fill.rows * row_bytes <= _SHARE * torch.cuda.mem_get_info(task.device)[0]
     teacher = CachedTeacher(
         frozen.network,
-        forward,
+        frozen.reader,
         rows=rows,
         samples=views.samples,
         views=views.each,
-        batch_size=_forward_batch(config, task),
+        batch_size=task.rows_per_step,
         device=task.device,
         only_confidence=only_confidence,
         with_confidence=by_confidence and not only_confidence,
@@ -277,7 +275,7 @@ def _manner(config: Config, task: Task) -> dict[str, Any]:
     """What is known of a description before there is a teacher, and without reading the images."""
     assert task.views is not None
     precision = f"amp {config.amp}, {'compiled' if config.compile else 'eager'}, batches of "
-    precision += f"{_forward_batch(config, task)}{', channels last' if config.channels_last else ''}"
+    precision += f"{task.rows_per_step}{', channels last' if config.channels_last else ''}"
     return {
         "augmentation": task.views.description,
         "precision": precision,
@@ -296,11 +294,6 @@ def _probe(frozen: Frozen, config: Config, task: Task) -> tuple[torch.dtype, boo
         turned = torch.empty_like(images).copy_(images.flip(0))
         logits, turned_logits = frozen.logits(images), frozen.logits(turned)
     return logits.dtype, torch.equal(logits.flip(0), turned_logits)
-
-
-def _forward_batch(config: Config, task: Task) -> int:
-    """Images in a batch of training."""
-    return min(config.batch_size, task.shape["train_images"] or config.batch_size)
 
 
 def _too_large(

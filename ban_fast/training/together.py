@@ -10,13 +10,13 @@ from ..config import STUDENT_FOLDERS, Config
 from ..errors import OptionError, UserError
 from ..evaluation.run_directory import CONFIG
 from .compiled import check_compiler
-from .evaluator import Evaluator
 from .generations import begin, grow, never, prepared, stored_networks
+from .jobs import make_task
 from .lineage import Lineage
 from .observer import Observer
 from .results import Results
 from .run_store import RunStore
-from .task import ModelFactory, Samples, Task, make_task, training_device, with_own
+from .task import ModelFactory, Samples, Task, training_device, with_own
 from .teacher_choice import FOLDER, check_cache
 
 
@@ -74,7 +74,7 @@ def run_together(
             check_compiler(device)
         if family is not None:
             _begin(family, stores, config, settings, task, resume, observer)
-        evaluator = Evaluator(task.evaluation, device, config.seed, should_stop)
+        evaluator = task.evaluator(config.seed, should_stop)
         trained: set[int] = set()
         lineages = {
             name: Lineage(settings[name], task, stores.get(name), evaluator, observer, trained)

@@ -1,0 +1,42 @@
+"""Which kind of task a configuration is: networks of images, or language models of a text."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from .. import data
+from ..config import Config, ModelConfig, TextConfig
+from ..errors import OptionError
+from .task import ModelFactory, Samples, Task, image_factory, image_task
+from .text_task import language_model, text_task
+
+
+def make_task(
+    config: Config,
+    device: torch.device,
+    *,
+    model: ModelFactory | None = None,
+    train: Samples | None = None,
+    test: Samples | None = None,
+    validation: Samples | None = None,
+) -> Task:
+    """Read the data, build the network once to see that it fits them, and change nothing on disk.
+
+    UserError where they don't fit each other, or where an option is for data of the other kind.
+    """
+    if train is None and data.is_text(config.data.name, config.data.directory):
+        return text_task(config, device, model)
+    for field in dataclasses.fields(TextConfig):
+        if getattr(config.text, field.name) != field.default:
+            raise OptionError(f"text.{field.name}", f"is for texts, and {config.data.name} is images; leave it out")
+    return image_task(config, device, model=model, train=train, test=test, validation=validation)
+
+
+def network_factory(config: ModelConfig, shape: dict[str, Any]) -> ModelFactory:
+    """The factory of a configuration's network, from a run's record of what its data looked like."""
+    if "vocabulary" not in shape:
+        return image_factory(config, shape["classes"], tuple(shape["sample_shape"]))
+    letters = shape["characters"]
+    table = None if letters is None else torch.zeros(shape["classes"], letters["window"], dtype=torch.int32)
+    return language_model(config, shape["classes"], None if table is None else (table, letters["count"]))

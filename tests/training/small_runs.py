@@ -78,7 +78,7 @@ def without_times(value: Any) -> Any:
     """A copy of results or metrics less what a clock measured."""
     value = copy.deepcopy(value)
     for record in value["generations"] if isinstance(value, dict) else value:
-        for key in ("train_seconds", "images_per_second", "seconds"):
+        for key in ("train_seconds", "images_per_second", "tokens_per_second", "seconds"):
             record.pop(key, None)
     return value
 

@@ -98,22 +98,18 @@ def test_the_loop_is_the_one_written_by_hand(tmp_path: Path, over_time: str, cli
         teacher = network
 
 
-def test_an_objective_of_each_kind_learns(text: Path, tmp_path: Path) -> None:
-    """Each row of a window is one sample, as far as the losses know: none is refused."""
-    for objective in ("label", "ban", "ban+l", "cwtm", "dkpp"):
-        records = run(text_config(text, objective, generations=1, epochs=4)).generations
-        uniform = len(load_corpus(text).vocabulary)
-        assert [record["objective"] for record in records] == ["label", objective]
-        assert all(record["test"]["perplexity"] < 0.8 * uniform for record in records)
-
-
-def test_side_by_side_is_one_by_one(text: Path, tmp_path: Path) -> None:
-    settings = text_config(text, students=("ban+l", "label", "ban"), epochs=2)
+def test_an_objective_of_each_kind_side_by_side(text: Path, tmp_path: Path) -> None:
+    """Each row of a window is one sample, as far as the losses know: none is refused, and each falls."""
+    names = ("label", "ban", "ban+l", "cwtm", "dkpp")
+    settings = text_config(text, students=names, generations=1)
     run_together(settings, out=tmp_path / "all")
-    for name in settings.students:
-        run(settings.of_student(name), out=tmp_path / name)
-        together = footprint(tmp_path / "all" / name.replace("+", "_"))
-        assert together == footprint(tmp_path / name)
+    for name in names:
+        found = tmp_path / "all" / name.replace("+", "_")
+        losses = [epoch["train"]["loss"] for epoch in RunDirectory(found).metrics(1)]
+        assert losses[-1] < losses[0], name
+        if name in ("ban+l", "dkpp"):
+            run(settings.of_student(name), out=tmp_path / name)
+            assert footprint(found) == footprint(tmp_path / name)
 
 
 @pytest.mark.parametrize(

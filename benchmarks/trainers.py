@@ -16,11 +16,14 @@ from ban_fast.config import Config, ObjectiveConfig, OptimizerConfig
 from ban_fast.data import Augmentation, Batch, Split, open_loader
 from ban_fast.data.cifar import MEAN, STD
 from ban_fast.training.cache_store import MemoryRows
-from ban_fast.training.evaluator import Evaluator
+from ban_fast.training.compiled import compiled
+from ban_fast.training.evaluator import Evaluator, ImageEvaluator
 from ban_fast.training.generations import never
 from ban_fast.training.learner import Learner, autocast
 from ban_fast.training.loop import Loop
 from ban_fast.training.observer import Observer
+from ban_fast.training.reader import Forward, Reader
+from ban_fast.training.task import Task
 from ban_fast.training.teacher import LiveTeacher, Teacher
 from ban_fast.training.teacher_cache import CachedTeacher
 from benchmarks.loaders import PADDING, torchvision_loader
@@ -162,19 +165,43 @@ class Ours(Trainer):
             channels_last=self._config.channels_last,
         )
         self._teacher = self._make_teacher(len(split), augmentation.views)
+        task = self._task()
         self._learner = Learner(
             self._config,
+            task,
             self._loader,
-            self.device,
             number=1,
             seed=0,
             network=self.network,
             teacher=self._teacher,
-            evaluator=Evaluator({}, self.device, 0, never),
+            evaluator=task.evaluator(0, never),
             files=None,
             observer=Observer(),
         )
         self._loop = Loop([self._learner], Observer(), never)
+
+    def _task(self) -> Task:
+        """What a learner is told of its data and network: nothing is evaluated, and no other network is built."""
+
+        def reader(network: nn.Module) -> Reader:
+            return Forward(compiled(network) if self._config.compile else network)
+
+        def evaluator(seed: int, should_stop: Callable[[], bool]) -> Evaluator:
+            return ImageEvaluator({}, self.device, seed, should_stop)
+
+        return Task(
+            device=self.device,
+            train=lambda seed: self._loader,
+            evaluator=evaluator,
+            reader=reader,
+            factory=lambda: self.network,
+            channels_last=self._config.channels_last,
+            shape={},
+            structure="",
+            has_batch_norm=True,
+            views=None,
+            rows_per_step=self.case.batch,
+        )
 
     def _make_teacher(self, samples: int, views: int) -> Teacher | None:
         if self._objective == "label":
@@ -202,7 +229,7 @@ class Ours(Trainer):
 
     def forward(self, images: Tensor) -> Tensor:
         with autocast(self._config, self.device):
-            return self._learner.forward(images)
+            return self._learner.reader(images)
 
     def loss(self, logits: Tensor, taught: Any, batch: Batch) -> Tensor:
         return self._learner.objective(logits, taught, batch, self._learner.step_on_device).loss

@@ -12,54 +12,15 @@ cache, and again in backward.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ban_fast.backends import dense_passes as passes
 from ban_fast.backends.dense_convolution import channels_last, convolve, convolve_backward, images_first, rows
+from ban_fast.backends.dense_interface import Gradients, Need, Saved
 from ban_fast.backends.dense_shape import Affine, Norm, Shape
 from ban_fast.backends.dense_statistics import finish, sum_over_ranks
-
-
-class Saved(NamedTuple):
-    """What backward needs beside forward's arguments: 5 growths a pixel and unit, and vectors."""
-
-    features: Tensor
-    """[B, H, W, C]: the block's input, then what every unit grew."""
-    hidden: list[Tensor]
-    """[B, H, W, 4k] of every unit: what its 1x1 convolution made. Empty where forward was not to keep them."""
-    statistics: Tensor
-    """[2, C] acc: batch mean and biased variance of the features; zeros where no norm asks for them."""
-    hidden_statistics: Tensor
-    """[n, 2, 4k] acc, likewise."""
-    total: Tensor
-    """[] acc: over how many values these are, all ranks' together."""
-
-
-class Need(NamedTuple):
-    """Which gradients are asked for."""
-
-    x: bool
-    convs: Sequence[bool]
-    norms: Sequence[bool]
-
-    def first_unit(self, units: int) -> int:
-        """The first unit that backward must come down to; `units` where the exit is all."""
-        if self.x:
-            return 0
-        wanted = [unit for unit in range(units) if any((*self.convs[2 * unit :][:2], *self.norms[2 * unit :][:2]))]
-        return min(wanted, default=units)
-
-
-class Gradients(NamedTuple):
-    """Gradients of forward's tensors; None where none was asked for."""
-
-    x: Tensor | None
-    convs: list[Tensor | None]
-    norms: list[Tensor | None]
-    """[2, C] acc: of weight and bias."""
 
 
 def forward(
@@ -75,7 +36,7 @@ def forward(
     `group` names the process group whose ranks share batch statistics; "" is none.
     """
     shape = Shape.of(x, convs, norms)
-    features, total = shape.maps(shape.channels), shape.vectors() + 1
+    features, total = shape.features(), shape.vectors() + 1
     hidden: list[Tensor] = []
     statistics, hidden_statistics = shape.vectors(2, shape.channels), shape.vectors(shape.units, 2, shape.bottleneck)
     batch = any(norm.mean is None for norm in norms[::2])
@@ -170,7 +131,7 @@ class _Backward:
         self.saved, self.convs, self.norms, self.need, self.group = saved, convs, norms, need, group
         entry = norms[0].weight.shape[0]
         self.shape = Shape.of(images_first(saved.features[..., :entry]), convs, norms)
-        self.grad = self.shape.maps(self.shape.channels, saved.statistics.dtype)
+        self.grad = self.shape.features(saved.statistics.dtype)
         self.terms = self.shape.vectors(2, self.shape.channels)
         self.conv_grads: list[Tensor | None] = [None] * len(convs)
         self.norm_grads: list[Tensor | None] = [None] * len(norms)

@@ -121,6 +121,12 @@ class Shape:
         """[chunks, 2, channels] acc, uninitialised: moments of every chunk."""
         return self.new(len(self.chunks), 2, channels, dtype=acc_dtype(self.dtype))
 
+    def features(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[B, H, W, channels], uninitialised. Its pitch, the same in every dtype, is one that 16 bytes divide: a GPU's
+        thread loads so many at a time."""
+        step = 16 // self.dtype.itemsize
+        return self.maps(-(-self.channels // step) * step, dtype)[..., : self.channels]
+
     def maps(self, channels: int, dtype: torch.dtype | None = None) -> Tensor:
         """[B, H, W, channels], uninitialised."""
         return self.new(self.batch, self.height, self.width, channels, dtype=dtype)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ban_fast.backends import dense_block as backend
+from ban_fast.backends import dense_dispatch as backend
 from ban_fast.backends.dense_passes import acc_dtype
 from ban_fast.backends.dense_shape import Norm, Shape
 from ban_fast.ops.autograd import is_traced
@@ -168,7 +168,7 @@ def _fake(x: Tensor, convs: list[Tensor], weights: list[Tensor], *columns: list[
     y = shape.maps(convs[-1].shape[0]).permute(0, 3, 1, 2) if exits else shape.new(shape.batch, shape.channels)
     hidden = [shape.maps(shape.bottleneck) for _ in range(shape.units if keep else 0)]
     hidden_statistics = shape.vectors(shape.units, 2, shape.bottleneck)
-    return y, shape.maps(shape.channels), hidden, shape.vectors(2, shape.channels), hidden_statistics, shape.vectors()
+    return y, shape.features(), hidden, shape.vectors(2, shape.channels), hidden_statistics, shape.vectors()
 
 
 torch.library.register_fake("ban_fast::dense_block", _fake)

@@ -1,0 +1,204 @@
+"""A dense block's kernels against float64."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton_dense_cases as cases
+from triton_dense_cases import Widths
+
+from ban_fast.backends import dense_block
+from ban_fast.backends.dense_interface import Need
+from ban_fast.backends.dense_shape import Norm
+from ban_fast.backends.triton import dense
+from ban_fast.backends.triton.dense import passes, statistics
+
+CLOSE = 4e-6
+"""Of fp32: sums of up to a few hundred terms, each rounded to 6e-8, through up to seven convolutions each way."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_initialised() -> Iterator[None]:
+    """`torch.empty` gives NaN: no kernel may use what it did not get, beyond its channels or elsewhere. And fp32 is
+    multiplied in IEEE arithmetic."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+BLOCKS = {
+    "two units and a transition": Widths(),
+    "odd growth, one image, the mean": Widths(entry=9, growth=33, bottleneck=1, exit=0, batch=1, height=5, width=3),
+    "one unit, widths that nothing divides": Widths(units=1, entry=7, growth=5, exit=3, batch=3),
+    "no unit, the mean": Widths(units=0, entry=20, exit=0),
+    "no unit, a transition": Widths(units=0, entry=20, exit=7),
+    "growth 1": Widths(units=3, entry=2, growth=1, bottleneck=1, exit=1, batch=1, height=4),
+    "weights' gradients in parts": Widths(units=1, entry=6, growth=4, batch=2, height=16, width=16),
+}
+SLOW = {
+    "odd growth as in the paper": Widths(units=3, entry=66, growth=33, exit=82, batch=2, height=9, width=9),
+    "several tiles of every kind": Widths(units=2, entry=140, growth=24, exit=70, batch=5, height=8, width=8),
+    "deep": Widths(units=10, entry=24, growth=12, exit=72, batch=2, height=4, width=4),
+}
+
+
+def assert_close(found: cases.Answer, expected: cases.Answer, close: float = CLOSE) -> None:
+    wrong = {name: error for name, error in cases.errors(found, expected).items() if not error <= close}
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_against_float64(name: str, device: torch.device) -> None:
+    given = cases.block((BLOCKS | SLOW)[name])
+    assert_close(cases.answer(dense, given.to(device, torch.float32)), cases.truth(given))
+
+
+@pytest.mark.parametrize("fixed", [(0, 1, 2, 3, 4), (1, 3), (0, 2, 4), (2,), (1, 4)])
+def test_norms_by_running_statistics(fixed: tuple[int, ...], device: torch.device) -> None:
+    given = cases.block(Widths(growth=5, batch=1, fixed=fixed))
+    assert_close(cases.answer(dense, given.to(device, torch.float32)), cases.truth(given))
+
+
+NEEDS = {
+    "nothing but x": Need(True, [False] * 5, [False] * 5),
+    "all but x": Need(False, [True] * 5, [True] * 5),
+    "the second unit's 3x3": Need(False, [False, False, False, True, False], [False] * 5),
+    "the exit's norm": Need(False, [False] * 5, [False, False, False, False, True]),
+    "some": Need(False, [False, True, False, True, True], [True, False, False, True, False]),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_only_what_is_needed(name: str, device: torch.device) -> None:
+    given = cases.block(Widths(growth=3, batch=1))
+    assert_close(cases.answer(dense, given.to(device, torch.float32), NEEDS[name]), cases.truth(given, NEEDS[name]))
+
+
+def test_images_that_are_not_channels_last(device: torch.device) -> None:
+    given = cases.block(Widths(units=1, growth=3))
+    moved = given.to(device, torch.float32)
+    moved = moved._replace(x=moved.x.contiguous(), grad=moved.grad.expand_as(moved.grad))
+    assert_close(cases.answer(dense, moved), cases.truth(given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("exit_width", [0, 10])
+def test_half_precision(exit_width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """No further from float64 than eager torch's passes, but for chance: 1.2 times, averaged."""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bf16 as integers")
+    given = cases.block(Widths(exit=exit_width), dtype)
+    expected = cases.truth(given)
+    found = cases.errors(cases.answer(dense, given.to(device, dtype)), expected)
+    eager = cases.errors(cases.answer(dense_block, given), expected)
+    assert sum(eager.values()) / len(eager) < 0.05  # well conditioned: what follows says something
+    assert sum(found.values()) < 1.2 * sum(eager.values())
+
+
+def test_what_one_implementation_saved_another_reads(device: torch.device) -> None:
+    given = cases.block(Widths(growth=5)).to(device, torch.float32)
+    expected = cases.truth(given)
+    for first, second in ((dense, dense_block), (dense_block, dense)):
+        y, saved = first.forward(given.x, given.convs, given.norms, group="", keep=True)
+        gradients = second.backward(given.grad, saved, given.convs, given.norms, cases.everything(given), group="")
+        assert_close(cases.Answer(y, saved, gradients), expected)
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(1, 3), (63, 5), (64, 8), (700, 33), (17_000, 2)])
+def test_moments_of_many_tiles(rows: int, channels: int, device: torch.device) -> None:
+    """Far from zero, where squares of the values themselves would leave no digit of the variance."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, channels, generator=generator) + 1000
+    found, known = torch.full((2, 4 + channels), 7.0, device=device), 4
+    out = torch.full((rows, channels + 3), 7.0, device=device)
+    partials = passes.place(x.to(device), out[:, 2 : 2 + channels], measured=True)
+    assert statistics.finish(partials, found, None, "") == (None, None)
+    assert torch.equal(out[:, 2 : 2 + channels].cpu(), x)
+    assert (out[:, :2] == 7).all()
+    assert (out[:, 2 + channels :] == 7).all()
+    assert (found[:, :known] == 7).all()
+    mean, variance = x.double().mean(0), x.double().var(0, unbiased=False)
+    torch.testing.assert_close(found[0, known:].cpu().double(), mean, rtol=2e-7, atol=0)  # three roundings to fp32
+    # Distances of 1 are rounded to 3e-5 of themselves at 1000, at random.
+    torch.testing.assert_close(found[1, known:].cpu().double(), variance, rtol=1e-4, atol=1e-8)
+
+
+def test_the_next_norm_s_scale_and_shift(device: torch.device) -> None:
+    """From channels known before and new ones, by the batch; or by running statistics."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 9, generator=generator)
+    vectors = torch.randn(4, 20, generator=generator).abs() + 0.1
+    for running in (False, True):
+        batch = vectors[:2].clone()
+        batch[0, 11:], batch[1, 11:] = x.mean(0), x.var(0, unbiased=False)
+        mean, var = vectors[2:] if running else batch
+        scale = vectors[0] / (var + 0.1).sqrt()
+        expected = torch.stack((scale, vectors[1] - mean * scale))
+        given = vectors[:2].to(device, copy=True)
+        own = (vectors[2].to(device), vectors[3].to(device)) if running else (None, None)
+        norm = Norm(vectors[0].to(device), vectors[1].to(device), *own, 0.1)
+        partials = passes.place(x.to(device), torch.empty(50, 9, device=device), measured=True)
+        affine, _ = statistics.finish(partials, given, norm, "")
+        assert affine is not None
+        torch.testing.assert_close(given.cpu(), batch, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(affine.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tiles", [1, 256, 600])
+def test_sums_of_many_tiles(tiles: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(tiles)
+    parts, gamma, var = (torch.randn(shape, generator=generator) for shape in ((tiles, 2, 11), (11,), (11,)))
+    var = var.abs() + 0.1
+    s0, s1 = parts.double().sum(0)
+    inverse = (var.double() + 1e-3).rsqrt()
+    norm = Norm(gamma.to(device), gamma.to(device), None, None, 1e-3)
+    partials = statistics.Partials(parts.to(device), 64, 64 * tiles)
+    given = torch.stack((var, var)).to(device)
+    for add in (False, True):
+        terms = torch.ones(2, 15, device=device)[:, :11]
+        found = statistics.settle(partials, norm, given, terms, add=add)
+        expected = torch.stack((gamma * inverse * s0, gamma * inverse**3 * s1)) + float(add)
+        limit = 1e-6 * tiles**0.5  # sums of so many terms of size 1, which cancel
+        torch.testing.assert_close(found.cpu().double(), torch.stack((s1 * inverse, s0)), rtol=1e-6, atol=4 * limit)
+        torch.testing.assert_close(
+            terms.cpu().double(), expected, rtol=1e-6, atol=40 * limit
+        )  # times up to 1 / 0.1^1.5
+
+
+def test_a_fixed_norm_takes_nothing_off(device: torch.device) -> None:
+    """What others take off stays; where nobody was before, it is 0."""
+    one = torch.ones(5, device=device)
+    norm = Norm(one, one, one, one, 1e-3)
+    for add, expected in ((False, 0), (True, 3)):
+        terms = torch.full((2, 5), 3.0, device=device)
+        statistics.settle(statistics.Partials(torch.ones(3, 2, 5, device=device), 64, 192), norm, terms, terms, add=add)
+        assert (terms == expected).all()
+
+
+def test_nan_and_infinities_pass_as_in_eager_torch(device: torch.device) -> None:
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0])
+    x = values.repeat(3, 1).to(device)
+    ones = torch.ones(7, device=device)
+    norm = Norm(ones, 0 * ones, 0 * ones, ones, 0.0)
+    a = passes.activate(x, norm, torch.zeros(2, 7, device=device))
+    torch.testing.assert_close(a.cpu(), values.repeat(3, 1).relu(), equal_nan=True, rtol=0, atol=0)
+    into = torch.empty(3, 7, device=device)
+    partials = passes.deposit(torch.ones_like(x), x, norm, torch.zeros(2, 7, device=device), into)
+    assert into[0].tolist() == [1, 1, 0, 0, 0, 1, 0]
+    assert partials.values.sum(0)[0].tolist() == [3, 3, 0, 0, 0, 3, 0]
+
+
+def test_tiles_cover_all_that_is_split() -> None:
+    """The split of a weight's gradient over pixels: no pixel twice, none left out, none beyond the last part."""
+    from ban_fast.backends.triton.dense import config
+
+    tile = config.Tile(64, 64, 32, 4, 3)
+    for tiles, pixels, processors in itertools.product((1, 5, 400), (1, 31, 256, 1000, 4097, 131_072), (2, 132)):
+        parts, each = config.splits(tiles, pixels, tile, processors)
+        assert each % tile.depth == 0
+        assert (parts - 1) * each < pixels <= parts * each
+        assert parts * tiles <= max(tiles, 2 * processors)

@@ -18,6 +18,10 @@ _BASE = {"recipe": "recipe", "data.name": "data", "model.name": "model"}
 """Keys whose flag chooses more than its own field: recipes, sizes, options."""
 _PLACES = ("data_dir", "loader", "cache_dir")
 """Flags that a study's continuation may change: nothing that is computed depends on them."""
+_MOST_SEEDS = 10_000
+"""In one range: a slip of the finger is not to fill the memory."""
+_NOT_TAKEN = {"seed": None, "students": None}
+"""Flags of train that a sweep has others for: --seeds, --vary objective=."""
 _SCHEDULING = ("out", "resume", "engine", "workers", "cpus_per_run", "gpus_per_run", "retries")
 
 
@@ -89,8 +93,8 @@ def _continued(session: Session, values: Mapping[str, Any], out: Path) -> Any:
     if not given <= set(_PLACES):
         return _planned(session, values)
     stored = studies.Study.load(out)
-    given_by = {"students": None, "seed": None, **values}
-    return stored.with_configs([flags.overridden(flags.Request(run.config), given_by).config for run in stored.runs])
+    moved = [flags.overridden(flags.Request(run.config), {**_NOT_TAKEN, **values}) for run in stored.runs]
+    return stored.with_configs([request.config for request in moved])
 
 
 def _axes(values: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -105,7 +109,7 @@ def _axes(values: Mapping[str, Any]) -> dict[str, list[Any]]:
             raise UserError(f"--vary must be KEY=VALUE,VALUE,... (lr=0.1,0.05 for example), got {text!r}")
         path = paths.get(key.replace("_", "-"), key)
         if not grammar.is_key(path):
-            raise UserError(f"--vary: unknown key {key!r}{suggest(key, [*paths, *grammar.keys()])}")
+            raise UserError(f"--vary: unknown key {key!r}{suggest(key, [*paths, *grammar.known_keys()])}")
         if path in axes:
             raise UserError(f"--vary {key} is given twice; write all its values in one, with commas between")
         axes[path] = [_absolute(path, value) for value in grammar.parsed(path, listed.split(","), f"--vary {key}")]
@@ -136,6 +140,12 @@ def _ranges(text: str) -> list[str]:
     """ "0,1,5-7" as "0", "1", "5", "6", "7"."""
     seeds: list[str] = []
     for part in text.split(","):
-        ends = re.fullmatch(r"\s*(\d{1,9})-(\d{1,9})\s*", part)
-        seeds += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [part]
+        ends = re.fullmatch(r"\s*(\d{1,18})-(\d{1,18})\s*", part)
+        if ends is None:
+            seeds.append(part)
+            continue
+        first, last = int(ends[1]), int(ends[2])
+        if not first <= last < first + _MOST_SEEDS:
+            raise UserError(f"--seeds: {part} must be FIRST-LAST, from 1 to {_MOST_SEEDS:,} seeds")
+        seeds += map(str, range(first, last + 1))
     return seeds

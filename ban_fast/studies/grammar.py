@@ -19,7 +19,7 @@ _OPTIONS = "model.options."
 
 
 @functools.cache
-def keys() -> dict[str, tuple[type, ...]]:
+def known_keys() -> dict[str, tuple[type, ...]]:
     """Every configuration key that takes one value, by its dotted name ("optimizer.lr"), with the types it takes."""
     return dict(_keys(Config, ""))
 
@@ -63,17 +63,17 @@ def parsed(path: str, texts: Sequence[str], name: str) -> list[Any]:
 
 def is_key(path: str) -> bool:
     """Whether a value can be set there; the network's own arguments are known to the network alone."""
-    return path in keys() or (path.startswith(_OPTIONS) and path.removeprefix(_OPTIONS).isidentifier())
+    return path in known_keys() or (path.startswith(_OPTIONS) and path.removeprefix(_OPTIONS).isidentifier())
 
 
 def check_key(path: str) -> None:
     """UserError unless a value can be set there, with the nearest key where one can."""
     if not is_key(path):
-        raise UserError(f"unknown configuration key {path!r}{suggest(path, keys())}")
+        raise UserError(f"unknown configuration key {path!r}{suggest(path, known_keys())}")
 
 
 def _value(path: str, text: str, name: str) -> Any:
-    kinds = keys().get(path)
+    kinds = known_keys().get(path)
     if not text:
         raise UserError(f"{name}: a value is missing; write them with commas between, {label(path)}=A,B for example")
     if kinds is None:

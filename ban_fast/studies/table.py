@@ -158,7 +158,7 @@ def _title(study: Study) -> str:
     runs = [run for run in study.runs if not run.is_helper]
     titles = {describe.title({**run.config.to_dict(), "generations": 0}) for run in runs}  # without the objective
     seeds = len({run.config.seed for run in runs})
-    about = titles.pop() if len(titles) == 1 else "several tasks"
+    about = titles.pop() if len(titles) == 1 else "study"
     return f"{about}, {len(runs)} run{'s' * (len(runs) > 1)}, {seeds} seed{'s' * (seeds > 1)}"
 
 

@@ -1,0 +1,122 @@
+"""Studies small enough for tests, their runs made one by one, and what two run directories must have in common."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from ban_fast.studies import Outcome, Study, StudyObserver, StudyRun
+from ban_fast.training import run
+
+
+def small(**changes: Any) -> Config:
+    """A teacher and a student on digits: a second, with many checkpoints in it."""
+    values: dict[str, Any] = {
+        "data": DataConfig(name="digits", limit_train=96, limit_test=48),
+        "model": ModelConfig(name="mlp-8"),
+        "optimizer": OptimizerConfig(lr=0.05),
+        "generations": 1,
+        "epochs": 60,
+        "batch_size": 32,
+        "device": "cpu",
+        "checkpoint_seconds": 0.05,
+    }
+    return Config(**{**values, **changes})
+
+
+def separately(study: Study, path: Path) -> None:
+    """Every run of the study by itself, with a teacher of its own."""
+    for planned in study.runs:
+        run(dataclasses.replace(planned.config, checkpoint_seconds=1e9), out=path / planned.name)
+
+
+def footprint(path: Path) -> dict[str, Any]:
+    """Everything in a run directory but clocks' figures, checkpoints and what it ran on."""
+    found: dict[str, Any] = {}
+    for file in sorted(path.rglob("*")):
+        name = str(file.relative_to(path))
+        if file.suffix == ".safetensors":
+            found[name] = file.read_bytes()
+        elif file.suffix == ".jsonl":
+            found[name] = [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
+        elif name == "environment.json" or file.suffix == ".pt" or file.is_dir():
+            found[name] = "there"
+        else:
+            found[name] = _timeless(json.loads(file.read_text()))
+    return found
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        clocks = ("train_seconds", "images_per_second", "seconds", "checkpoint_seconds")
+        return {key: _timeless(inner) for key, inner in value.items() if key not in clocks}
+    return [_timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def footprints(study: Study, path: Path) -> dict[str, Any]:
+    return {planned.name: footprint(path / planned.name) for planned in study.runs}
+
+
+def workers(directory: Path) -> dict[str, int]:
+    """Process ids of the runs of a study that are at work, by name."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            try:
+                words = (process / "cmdline").read_bytes().decode().split("\0")
+            except OSError:  # it has just ended
+                continue
+            if "ban_fast.studies.worker" in " ".join(words[:3]) and words[3] == str(directory):
+                found[words[4]] = int(process.name)
+    return found
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Do something as soon as a condition holds, in a thread of its own; join it to see that it was done."""
+
+    def watch() -> None:
+        until = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def kill_at_work(directory: Path, name: str, generation: int) -> threading.Thread:
+    """SIGKILL for a run's process once it has a checkpoint of a generation."""
+    return when(
+        (directory / name / f"generation-{generation}" / "state.pt").exists,
+        lambda: os.kill(workers(directory)[name], signal.SIGKILL),
+    )
+
+
+class Heard(StudyObserver):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.before: frozenset[str] = frozenset()
+        self.started: list[tuple[str, int]] = []
+        self.ended: list[tuple[str, str, bool]] = []
+        self.texts: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def study_started(self, study: Study, finished: frozenset[str]) -> None:
+        self.before = finished
+
+    def run_started(self, run: StudyRun, attempt: int) -> None:
+        self.started.append((run.name, attempt))
+
+    def run_ended(self, run: StudyRun, outcome: Outcome, again: bool) -> None:
+        self.ended.append((run.name, outcome.kind, again))
+        self.texts[run.name] = outcome.text
+        self.notes += outcome.notes

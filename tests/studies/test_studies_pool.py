@@ -1,0 +1,128 @@
+"""Real processes of a local pool: the bits of separate runs, whatever is killed and whenever all is stopped."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from study_runs import Heard, footprints, kill_at_work, separately, small, when, workers
+
+from ban_fast.errors import UserError
+from ban_fast.studies import Study, run_study, summary
+from ban_fast.training import Interrupted
+
+TEACHER, BAN, CWTM = "teacher,seed=0", "objective=ban,seed=0", "objective=cwtm,seed=0"
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study.vary(small(), {"objective.name": ["ban", "cwtm"]})
+
+
+@pytest.fixture(scope="module")
+def expected(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Each run by itself, with one thread, as the pool's are asked to have."""
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("separate")
+    separately(study, path)
+    return footprints(study, path)
+
+
+def test_a_worker_that_is_killed_goes_on_and_all_are_what_separate_runs_are(
+    study: Study, expected: dict[str, object], tmp_path: Path
+) -> None:
+    """Its student is killed at work; the teacher that both share is trained once."""
+    out, heard = tmp_path / "study", Heard()
+    killer = kill_at_work(out, CWTM, 1)
+    assert run_study(study, out, workers=2, cpus_per_run=1, observer=heard) == {}
+    killer.join()
+    assert footprints(study, out) == expected
+    assert heard.started[0] == (TEACHER, 1)
+    assert sorted(heard.started[1:]) == [(BAN, 1), (CWTM, 1), (CWTM, 2)]
+    assert (CWTM, "failed", True) in heard.ended
+    assert heard.notes == []
+    for name in (BAN, CWTM):
+        log = (out / "logs" / f"{name}.txt").read_text()
+        assert "generation 0 (label)" not in log, "adopted, not trained"
+    assert {path.name for path in out.iterdir()} == {"study.json", "logs", TEACHER, BAN, CWTM}
+    assert [row.figures["error"].n for row in summary(out)] == [1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_stopped_and_gone_on_with(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+    """All save themselves; what is finished is not begun again, also where only the results are left to collect."""
+    out = tmp_path / "study"
+    begun = out / BAN / "generation-1" / "state.pt"
+    with pytest.raises(Interrupted):
+        run_study(study, out, workers=2, cpus_per_run=1, should_stop=begun.exists)
+    assert workers(out) == {}
+    assert not (out / BAN / "generation-1" / "model.safetensors").exists()
+    heard = Heard()
+    assert run_study(None, out, workers=1, cpus_per_run=1, resume=True, observer=heard) == {}
+    assert heard.before == {TEACHER}
+    assert sorted(heard.started) == [(BAN, 1), (CWTM, 1)]
+    assert footprints(study, out) == expected
+    again = Heard()
+    assert run_study(study, out, resume=True, observer=again) == {}
+    assert (again.before, again.started) == ({TEACHER, BAN, CWTM}, [])
+
+
+@pytest.mark.slow
+def test_a_starter_that_is_killed(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+    """Its runs save themselves and end; who resumes at once waits for them."""
+    out = tmp_path / "study"
+    study.save(_made(out))
+    code = (
+        f"from ban_fast.studies import run_study; run_study(None, {str(out)!r}, workers=2, cpus_per_run=1, resume=True)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code])
+    begun = out / CWTM / "generation-1" / "state.pt"
+    when(begun.exists, starter.kill).join()
+    assert starter.wait() == -signal.SIGKILL
+    assert run_study(None, out, workers=2, cpus_per_run=1, resume=True) == {}
+    assert footprints(study, out) == expected
+
+
+@pytest.mark.slow
+def test_two_starters_of_one_study(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    study.save(_made(out))
+    starter = _starter(out)
+    when((out / TEACHER / "config.json").exists, lambda: None).join()
+    with pytest.raises(UserError, match=r"is in use by another process: wait for it, or choose another --out"):
+        run_study(None, out, resume=True)
+    starter.kill()
+    starter.wait()
+    when(lambda: not workers(out), lambda: None).join()
+
+
+@pytest.mark.slow
+def test_one_that_always_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that raises is tried again, --retries times; one that can't be trained is a mistake, and is not."""
+    (tmp_path / "odd_networks.py").write_text(
+        "import os\nfrom torch import nn\n\n"
+        "def dies(num_classes):\n    os.kill(os.getpid(), 9)\n\n"
+        "def fine(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ["odd_networks:dies", "odd_networks:fine", "odd_networks:missing"]
+    study, heard = Study.vary(small(epochs=1), {"model.name": names}), Heard()
+    failed = run_study(study, tmp_path / "study", workers=2, retries=1, observer=heard)
+    dies, fine, missing = (f"model={name.replace(':', '_')},seed=0" for name in names)
+    assert failed == {dies: "killed by SIGKILL", missing: failed[missing]}
+    assert "missing" in failed[missing]
+    assert sorted(heard.started) == sorted([(dies, 1), (dies, 2), (fine, 1), (missing, 1)])
+    assert (tmp_path / "study" / fine / "generation-1" / "model.safetensors").exists()
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _starter(out: Path) -> "subprocess.Popen[bytes]":
+    """A process that executes the study in a directory."""
+    code = "import sys; from ban_fast.studies import run_study; run_study(None, sys.argv[1], workers=2, resume=True)"
+    return subprocess.Popen([sys.executable, "-c", code, str(out)])

@@ -1,0 +1,77 @@
+"""The same studies on a Ray cluster of this machine, with fractional CPUs."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from study_runs import Heard, footprints, kill_at_work, separately, small, workers
+
+from ban_fast.errors import UserError
+from ban_fast.studies import Study, run_study
+from ban_fast.training import Interrupted
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'"),
+]
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study.vary(small(), {"objective.name": ["ban", "dkpp"]})
+
+
+@pytest.fixture(scope="module")
+def expected(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("separate")
+    separately(study, path)
+    return footprints(study, path)
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    """Two CPUs, whatever the machine has."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_half_a_cpu_each_and_one_is_killed(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+    out, heard = tmp_path / "study", Heard()
+    fated = study.runs[2].name
+    killer = kill_at_work(out, fated, 1)
+    assert run_study(study, out, engine="ray", cpus_per_run=0.5, observer=heard) == {}
+    killer.join()
+    assert footprints(study, out) == expected
+    assert heard.started[0] == (study.runs[0].name, 1)
+    assert sorted(heard.started[1:]) == sorted([(study.runs[1].name, 1), (fated, 1), (fated, 2)])
+    assert (fated, "failed", True) in heard.ended
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_stopped_and_gone_on_with_elsewhere(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+    """What Ray began, a local pool ends."""
+    out = tmp_path / "study"
+    begun = out / study.runs[1].name / "generation-1" / "state.pt"
+    with pytest.raises(Interrupted):
+        run_study(study, out, engine="ray", workers=2, cpus_per_run=0.25, should_stop=begun.exists)
+    assert workers(out) == {}
+    assert run_study(None, out, engine="local", workers=2, cpus_per_run=1, resume=True) == {}
+    assert footprints(study, out) == expected
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_a_run_that_no_machine_has_room_for(study: Study, tmp_path: Path) -> None:
+    for asked, words in (
+        ({"cpus_per_run": 3.0}, "no machine of the Ray cluster has 3 CPUs and 0 GPUs for a run"),
+        ({"gpus_per_run": 0.5}, r"no machine of the Ray cluster has 1 CPUs and 0.5 GPUs"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run_study(study, tmp_path / "out", engine="ray", **asked)
+    assert not (tmp_path / "out").exists()

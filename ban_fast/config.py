@@ -22,6 +22,8 @@ TEACHERS = ("live", "cache", "auto")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
 LEVELS = ("word", "character")
 OVER_TIME = ("sum", "mean")
+_COLDEST, _HOTTEST = 1e-18, 1e18
+"""Temperatures that the losses take."""
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -272,6 +274,10 @@ class Config:
                 raise OptionError(
                     name, f"must be a finite number {'above 0' if positive else 'of at least 0'}, got {number}"
                 )
+        if not _COLDEST <= self.objective.temperature <= _HOTTEST:
+            raise OptionError(
+                "objective.temperature", f"must be from {_COLDEST} to {_HOTTEST}, got {self.objective.temperature}"
+            )
         if self.optimizer.nesterov and self.optimizer.momentum == 0:
             raise OptionError("optimizer.nesterov", "needs a momentum above 0")
         if self.optimizer.schedule == "plateau" and self.evaluate_every != 1:

@@ -7,6 +7,7 @@ import pytest
 
 from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError, suggest
+from ban_fast.ops import checks
 
 EVERYTHING = Config(
     recipe="demo",
@@ -93,6 +94,14 @@ def test_a_wrong_value_names_its_field(change: dict, field: str, said: str) -> N
     assert caught.value.field == field
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_temperatures_are_those_that_the_losses_take() -> None:
+    for temperature in (checks.COLDEST, checks.HOTTEST):
+        Config.from_dict({"objective": {"temperature": temperature}})
+    for temperature in (checks.COLDEST / 2, checks.HOTTEST * 2):
+        with pytest.raises(OptionError, match="must be from 1e-18 to"):
+            Config.from_dict({"objective": {"temperature": temperature}})
 
 
 def test_unknown_keys_and_formats_are_refused() -> None:

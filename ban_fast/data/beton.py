@@ -46,6 +46,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 _VERSION, _ARRAY_FIELD, _INT_FIELD = 2, 4, 1
 _SMALLEST_PAGE = 1 << 23
 """FFCV's own default, 8 MiB; larger where an image is."""
+_LARGEST_PAGE = 1 << 31
 _NOTE, _NOTE_FORMAT = "ban_fast", 2
 _NOTED = {_NOTE: int, "what": str, "bytes": int, "fingerprint": str, "checksum": str}
 _LABEL = slice(HEADER.itemsize + FIELD.itemsize, HEADER.itemsize + 2 * FIELD.itemsize)
@@ -197,6 +198,9 @@ def _write(file: Any, part: Part, progress: Progress | None) -> None:
     """All of a file but the label's descriptor, for which room is left."""
     count, size = len(part.labels), int(np.prod(part.shape))
     page = max(_SMALLEST_PAGE, 1 << (size - 1).bit_length())
+    if page > _LARGEST_PAGE:
+        height, width, _ = part.shape
+        raise UserError(f"an image of {height} x {width} pixels does not fit FFCV's pages of 2 GiB; use a smaller one")
     each = page // size  # images a page
     begin = _LABEL.stop + count * SAMPLE.itemsize
     begin += -begin % page

@@ -11,6 +11,7 @@ from ..errors import UserError
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 MODEL, METRICS, STATE = "model.safetensors", "metrics.jsonl", "state.pt"
 RESULTS_FORMAT = 1
+_TIMES = ("train_seconds", "images_per_second")
 
 # What to do about a file that is not as the run left it.
 _REMEDIES = {
@@ -66,7 +67,9 @@ class RunDirectory:
             raise self._corrupted(RESULTS, "it does not list generations 0, 1, ...")
         tested = ["test" in record for record in generations + ensembles]
         votes = all(_is_vote(record, len(generations)) for record in ensembles)
-        if not votes or len(set(tested)) > 1 or (any(tested) and not all(map(_has_figures, generations + ensembles))):
+        timed = all(_is_number(record.get(name, 0)) for record in generations for name in _TIMES)
+        figures = len(set(tested)) <= 1 and (not any(tested) or all(map(_has_figures, generations + ensembles)))
+        if not (votes and timed and figures):
             raise self._corrupted(RESULTS, "a record in it has not the figures that a run writes")
         return results
 

@@ -173,6 +173,12 @@ class TestMistakes:
         with pytest.raises(UserError, match=r"^cannot read .*: Is a directory"):
             Beton(tmp_path, part_of(10, (8, 8, 3)), "things train", "COMMAND")
 
+    def test_an_image_larger_than_any_page(self, tmp_path: Path) -> None:
+        part = Part(torch.zeros(1, dtype=torch.int64), (30_000, 30_000, 3), part_of(1, (1, 1, 1)).read, lambda: "")
+        with pytest.raises(UserError, match=r"^an image of 30000 x 30000 pixels does not fit FFCV's pages of 2 GiB"):
+            beton.write(tmp_path / "x.beton", part, "things train")
+        assert list(tmp_path.iterdir()) == []
+
     def test_no_room(self, tmp_path: Path) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))

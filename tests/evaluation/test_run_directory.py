@@ -94,6 +94,7 @@ def test_what_is_no_run_directory(tmp_path: Path) -> None:
         (results(members=[0, 1]), "has not the figures"),
         (results(average="median"), "has not the figures"),
         (results().replace(b'"test"', b'"tests"', 1), "has not the figures"),
+        (results().replace(b'"generation"', b'"train_seconds": "3", "generation"', 1), "has not the figures"),
     ],
 )
 def test_damaged_results(path: Path, content: bytes, said: str) -> None:

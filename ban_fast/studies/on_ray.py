@@ -3,6 +3,7 @@
 The study's directory must be one that all machines share: Ray moves no files.
 """
 
+import importlib
 import importlib.util
 import math
 import os
@@ -115,8 +116,7 @@ class _Bell:
 
 def _supervise(job: Job, bell: Any) -> Outcome:
     """The task. Where it dies, its process saves the run and ends by itself."""
-    import ray
-
+    ray = importlib.import_module("ray")
     if not Path(job.directory).is_dir():
         text = (
             f"{job.directory} is not there on {os.uname().nodename}: --out must be a directory that all machines share"
@@ -139,9 +139,7 @@ def _supervise(job: Job, bell: Any) -> Outcome:
 def _ray() -> Any:
     if importlib.util.find_spec("ray") is None:
         raise UserError("--engine ray: Ray is not installed; pip install 'ban_fast[ray]', or use --engine local")
-    import ray
-
-    return ray
+    return importlib.import_module("ray")
 
 
 def _connect(ray: Any) -> None:

@@ -7,19 +7,21 @@ from typing import Any
 
 from ..config import Config
 from ..evaluation.run_directory import CONFIG
-from ..training import Observer, Plan, run
+from ..training import Interrupted, Observer, Plan, run
 from ..training.locks import InUse
 from .study import Study
 
 _PATIENCE = 60.0
 """Seconds for a process whose starter was killed to save its run and leave its directory."""
+_LONGEST_PAUSE = 5.0
+"""Seconds between two tries to have a directory that is in use: each reads the data anew."""
 
 
 def perform(directory: Path, name: str, stop: threading.Event, notes: list[str]) -> None:
     """Bring the run to its end. What `training.run` raises, Interrupted once `stop` is set among it."""
     planned = Study.load(directory)[name]
     path, observer = directory / name, _Teller(notes)
-    until = time.monotonic() + _PATIENCE
+    until, pause = time.monotonic() + _PATIENCE, 0.2
     while True:
         try:
             run(
@@ -32,17 +34,23 @@ def perform(directory: Path, name: str, stop: threading.Event, notes: list[str])
             )
             return
         except InUse:
-            if time.monotonic() > until or stop.wait(0.2):
+            # Once training has begun it is a teacher's cache, which another run reads or fills: that run will end.
+            if not observer.has_begun and time.monotonic() > until:
                 raise
+            if stop.wait(pause):
+                raise Interrupted from None
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 class _Teller(Observer):
     """Prints what happens, for the log, and keeps what a person should read."""
 
     def __init__(self, notes: list[str]) -> None:
+        self.has_begun = False
         self._notes = notes
 
     def run_started(self, config: Config, plan: Plan) -> None:
+        self.has_begun = True
         print(
             f"{plan.parameters:,} parameters on {plan.device}, {plan.generations} generations of {plan.steps:,} steps"
         )

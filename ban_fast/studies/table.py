@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation import RunDirectory
-from ..report import describe
+from ..report import describe, paper
 from .grammar import written
 from .schedule import finished
 from .study import Study, StudyRun
@@ -49,6 +49,8 @@ class Row:
     """By metric, over the seeds that have it: error in percent, NLL in nats, ECE; or what the runs' task has."""
     change: Spread | None
     """The first metric less the same seed's teacher's; None for the teacher."""
+    published: float | None
+    """The error that the paper printed, for what has one in its tables."""
 
 
 def summary(path: str | os.PathLike[str]) -> list[Row]:
@@ -90,6 +92,7 @@ def _group_title(run: StudyRun) -> str:
 def _group_rows(directory: Path, runs: list[StudyRun]) -> list[Row]:
     group = {key: value for key, value in runs[0].varied.items() if key != "seed"}
     each = [_figures(RunDirectory(directory / run.name).results()) for run in runs]
+    published = _published(runs[0])
     names = list(dict.fromkeys(name for figures in each for name in figures))
     rows = []
     for name in names:
@@ -101,8 +104,21 @@ def _group_rows(directory: Path, runs: list[StudyRun]) -> list[Row]:
         first = metrics[0]
         changes = [record[first] - teacher[first] for record, teacher in found if first in record and first in teacher]
         change = Spread.of(changes) if changes and name != describe.generation(0) else None
-        rows.append(Row(group=group, name=name, figures=spreads, change=change))
+        rows.append(Row(group=group, name=name, figures=spreads, change=change, published=published.get(name)))
     return rows
+
+
+def _published(run: StudyRun) -> dict[str, float]:
+    """The paper's errors for a run's generations and ensembles, as the table calls them."""
+    found = paper.row(run.config.to_dict())
+    if found is None:
+        return {}
+    count, objective = run.config.generations + 1, run.config.objective.name
+    errors = {describe.generation(number): found.generation(number, objective) for number in range(count)}
+    for last in range(2, count):
+        members = tuple(range(1, last + 1))
+        errors[describe.members(members)] = found.ensemble(members, "probabilities", objective)
+    return {name: error for name, error in errors.items() if error is not None}
 
 
 def _figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -133,6 +149,9 @@ def _rows(groups: list[tuple[str, list[Row]]]) -> Table:
         made.add_column(heading, justify="right", no_wrap=True)
     for metric in metrics[1:]:
         made.add_column(_HEADINGS.get(metric, metric), justify="right", no_wrap=True)
+    has_published = any(row.published is not None for _, rows in groups for row in rows)
+    if has_published:
+        made.add_column("paper\nerror %", justify="right", no_wrap=True)
     for title, rows in groups:
         if title:
             made.add_section()
@@ -141,7 +160,10 @@ def _rows(groups: list[tuple[str, list[Row]]]) -> Table:
             figures = {metric: _cell(metric, row.figures.get(metric)) for metric in metrics}
             count = max(spread.n for spread in row.figures.values())
             change = _cell(metrics[0], row.change, sign="+")
-            made.add_row("  " * bool(title) + row.name, str(count), figures.pop(metrics[0]), change, *figures.values())
+            cells = ["  " * bool(title) + row.name, str(count), figures.pop(metrics[0]), change, *figures.values()]
+            if has_published:
+                cells.append("" if row.published is None else f"{row.published:.2f}")
+            made.add_row(*cells)
     return made
 
 

@@ -95,7 +95,7 @@ def test_a_sweep_leaves_runs_and_one_table(call: Call, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_terminals_interrupt_saves_all(start: Start, tmp_path: Path) -> None:
     """SIGINT for the whole process group, as a terminal sends it: every run saves itself, and goes on later."""
-    flags = ("--model", "mlp-8", "--generations", "1", "--max-steps", "600", "--epochs", "1000")
+    flags = ("--model", "mlp-8", "--generations", "1", "--max-steps", "300", "--epochs", "1000")
     vary = ("--vary", "objective=ban,cwtm", "--vary", "checkpoint_seconds=0.1", "--workers", "2")
     process = start("sweep", *flags, *vary, "--out", "a study", start_new_session=True)
     begun = tmp_path / "a study" / "objective=ban,checkpoint_seconds=0.1,seed=0" / "generation-1" / "state.pt"
@@ -118,7 +118,7 @@ def test_a_terminals_interrupt_saves_all(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_one_line_and_status_1(start: Start, tmp_path: Path) -> None:
-    said = finish(start("sweep", *SMALL, "--vary", "model=mlp-8,mlp-0", "--generations", "0", "--out", "study"))
+    said = finish(start("sweep", *SMALL[2:], "--vary", "model=mlp-8,mlp-0", "--generations", "0", "--out", "study"))
     assert said.status == 1
     said.line("1 of 2 runs failed; continue with `ban-fast sweep --out study --resume`")
     assert "model=mlp-0,seed=0: failed: " in said.out

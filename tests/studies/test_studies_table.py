@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ban_fast.config import Config, ModelConfig
+from ban_fast.config import Config, DataConfig, ModelConfig
 from ban_fast.studies import Study, StudyRun, summary, table
 
 SEEDS = (0, 1, 2, 5)
@@ -132,3 +132,26 @@ def test_groups_without_a_title(tmp_path: Path) -> None:
     text = shown(tmp_path)
     assert "scaled down: 3 steps a generation" in text
     assert "\n teacher" in text or "\nteacher" in text
+
+
+def test_the_papers_errors_stand_beside_ours(tmp_path: Path) -> None:
+    """Table 2, DenseNet-112-33: for the sequence where it has one, and for no average that it has not."""
+    base = Config(generations=2, model=ModelConfig(name="densenet-112-33"), data=DataConfig(name="cifar100"))
+    study = Study.vary(base, {"objective.name": ["ban", "cwtm"]})
+    study.save(tmp_path)
+    for run in study.runs:
+        if not run.is_helper:
+            write(tmp_path, run, {})
+    found = {(row.group["objective"], row.name): row.published for row in summary(tmp_path)}
+    assert found == {
+        ("ban", "teacher"): 18.25,
+        ("ban", "BAN-1"): 17.61,
+        ("ban", "BAN-2"): 17.22,
+        ("ban", "BAN-1+2"): 15.77,
+        ("ban", "BAN-1+2 (logits)"): None,
+        ("cwtm", "teacher"): 18.25,
+        ("cwtm", "BAN-1"): 17.84,
+        **{("cwtm", name): None for name in ("BAN-2", "BAN-1+2", "BAN-1+2 (logits)")},
+    }
+    lines = [line.split() for line in shown(tmp_path).splitlines()]
+    assert next(line[-1] for line in lines if line[:1] == ["BAN-1+2"]) == "15.77"

@@ -19,6 +19,7 @@ AUGMENTATIONS = ("auto", "none", "crop", "crop+flip")
 PADDINGS = ("reflect", "zero")
 LOADERS = ("memory", "torch", "ffcv")
 TEACHERS = ("live", "cache", "auto")
+STEPS = ("auto", "eager", "compile", "graph")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
 LEVELS = ("word", "character")
 OVER_TIME = ("sum", "mean")
@@ -186,8 +187,13 @@ class Config:
     """Mixed precision: "off", "bf16", or "fp16" (with loss scaling)."""
     channels_last: bool = False
     """Keep images and weights in NHWC memory."""
+    step: str = "auto"
+    """How a step is made. "eager": operation by operation. "compile": forward, loss and backward of a step, and the
+    teacher's forward, through torch.compile. "graph": all of a step, from the gather of its images to the update of
+    the weights, recorded once as a CUDA graph and replayed; the bits are eager's. "auto": graph on a GPU where all of
+    a step can be recorded, else eager. results.json says which it was, and why."""
     compile: bool = False
-    """Run the networks through torch.compile."""
+    """The same as step "compile"."""
     evaluate_every: int = 1
     """Epochs between two points of the learning curve. The last epoch is always evaluated."""
     checkpoint_seconds: float = 5.0
@@ -235,6 +241,9 @@ class Config:
         _choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
         _choice("device", self.device, DEVICES)
         _choice("amp", self.amp, AMP_MODES)
+        _choice("step", self.step, STEPS)
+        if self.compile and self.step not in ("auto", "compile"):
+            raise OptionError("compile", f"is step compile, and step is {self.step}; leave one of them out")
         for name, value, least in (
             ("data.image_size", self.data.image_size, 1),
             ("data.limit_train", self.data.limit_train, 1),
@@ -307,6 +316,11 @@ class Config:
             is_given = f.name != "name" and getattr(self.objective, f.name) != f.default
             if is_given and all(getattr(objective, f.name) == f.default for objective in learned):
                 raise OptionError(f"objective.{f.name}", f"is for none of {', '.join(self.students)}; leave it out")
+
+    @property
+    def steps(self) -> str:
+        """How steps are to be made, by `step` or by `compile`."""
+        return "compile" if self.compile else self.step
 
     def of_student(self, name: str) -> "Config":
         """The configuration of one of `students` as a run of its own, with the settings that its objective has."""

@@ -18,6 +18,7 @@ from ..config import (
     OBJECTIVES,
     OVER_TIME,
     SCHEDULES,
+    STEPS,
     TEACHERS,
 )
 from ..errors import UserError, suggest
@@ -288,9 +289,17 @@ def train(
     ] = None,
     device: Annotated[str | None, _flag("--device", "|".join(DEVICES), "Where to train.", _MACHINE)] = None,
     amp: Annotated[str | None, _flag("--amp", "|".join(AMP_MODES), "Mixed precision.", _MACHINE)] = None,
-    compile: Annotated[
-        bool | None, _switch("--compile/--no-compile", "Run the networks through torch.compile.", _MACHINE)
+    step: Annotated[
+        str | None,
+        _flag(
+            "--step",
+            "|".join(STEPS),
+            "Make each step operation by operation, through torch.compile, or as one CUDA graph. Default: auto, a "
+            "graph where all of a step can be recorded.",
+            _MACHINE,
+        ),
     ] = None,
+    compile: Annotated[bool | None, _switch("--compile/--no-compile", "The same as --step compile.", _MACHINE)] = None,
 ) -> int:
     """Train a teacher, then students of the same architecture, each on the outputs of the one before.
 

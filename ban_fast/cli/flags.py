@@ -41,6 +41,7 @@ FIELDS = {
     "seed": "seed",
     "device": "device",
     "amp": "amp",
+    "step": "step",
     "compile": "compile",
     "val_fraction": "data.val_fraction",
     "limit_train": "data.limit_train",
@@ -113,7 +114,7 @@ def resumed(values: Values, directory: Path) -> Request:
         if values["recipe"] is not None:
             asked.config.recipe = _recipe(values["recipe"]).recipe
             asked.given.add("recipe")
-    for path, old, new in _differences(stored, asked.config):
+    for path, old, new in _differences(_one_way(stored), _one_way(asked.config)):
         # Where things lie, and who reads them, is no part of what a run is.
         if path in ("data.directory", "data.loader", "teacher.cache_directory"):
             continue
@@ -122,6 +123,11 @@ def resumed(values: Values, directory: Path) -> Request:
             "leave it out, or start another run in another --out"
         )
     return Request(asked.config, file, asked.given)
+
+
+def _one_way(config: Config) -> Config:
+    """The same configuration, with one way to say how steps are made."""
+    return dataclasses.replace(config, step=config.steps, compile=False)
 
 
 def _recipe(name: str) -> Config:

@@ -81,6 +81,16 @@ class Loader(Protocol):
         ...
 
 
+class Epoch(NamedTuple):
+    """What an epoch serves of all samples, in its order; batches are slices of it. On the loader's device."""
+
+    order: Tensor
+    """int64 [N]: places of the samples in what is stored."""
+    labels: Tensor
+    sample_ids: Tensor
+    views: Tensor
+
+
 class KeyedLoader:
     """Order, labels, ids and views of an epoch's batches, all keyed; a subclass makes their images."""
 
@@ -109,7 +119,7 @@ class KeyedLoader:
         self._device = device
         self._shuffle = shuffle
         self._drop_last = drop_last and len(labels) >= batch_size
-        self._shard = shard
+        self.shard = shard
         self.num_classes_hint = int(labels.max()) + 1
 
     def __len__(self) -> int:
@@ -124,7 +134,7 @@ class KeyedLoader:
 
     @property
     def whole_batch(self) -> int:
-        """Samples of a batch, all shards' together."""
+        """Samples of a batch, all shards' together; the last of an epoch may have fewer, without `drop_last`."""
         return min(self._batch_size, len(self._labels))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -145,15 +155,18 @@ class KeyedLoader:
     def _batches(self, epoch: int, steps: range) -> Iterator[Batch]:
         if not steps:
             return
-        # Once an epoch and for all samples: some 30 small operations, which each batch would pay otherwise.
-        order = self._order(epoch)
-        labels, ids, views = self._labels[order], self._sample_ids[order], self._views(epoch)[order]
+        order, labels, ids, views = self.plan(epoch)
         size, count = self._batch_size, len(order)
-        parts = [self._shard.cut(slice(step * size, min((step + 1) * size, count))) for step in steps]
+        parts = [self.shard.cut(slice(step * size, min((step + 1) * size, count))) for step in steps]
         # Closed at once where an epoch is left early: what reads ahead has threads or processes to end.
         with closing(self._images(order, views, parts)) as batches:
             for part, images in zip(parts, batches, strict=True):
                 yield Batch(images, labels[part], ids[part], views[part])
+
+    def plan(self, epoch: int) -> Epoch:
+        """Which samples an epoch serves, and how: some 30 small operations, which each batch would pay otherwise."""
+        order = self._order(epoch)
+        return Epoch(order, self._labels[order], self._sample_ids[order], self._views(epoch)[order])
 
     def _order(self, epoch: int) -> Tensor:  # -> [N]
         if self._shuffle:
@@ -234,4 +247,8 @@ class MemoryLoader(ImageLoader[Split]):
 
     def _images(self, order: Tensor, views: Tensor, parts: list[slice]) -> Generator[Tensor, None, None]:
         for part in parts:
-            yield self._show(self._stored, order[part], views[part])
+            yield self.gather(order[part], views[part])
+
+    def gather(self, order: Tensor, views: Tensor) -> Tensor:  # [B], [B] -> [B, C, H, W]
+        """Views of the images at these places: a batch, on the device alone."""
+        return self._show(self._stored, order, views)

@@ -62,7 +62,7 @@ class TorchLoader(StreamedLoader):
     def _stored(self, batches: list[Tensor]) -> Generator[Tensor, None, None]:
         workers = self.workers
         if workers is None:
-            workers = min(max(cores() // self._shard.beside, 1), _MOST_WORKERS)
+            workers = min(max(cores() // self.shard.beside, 1), _MOST_WORKERS)
         loader: DataLoader[Tensor | UserError] = DataLoader(
             _Reading(self._split.read),
             sampler=[ids.numpy() for ids in batches],  # a tensor would travel as a file in shared memory

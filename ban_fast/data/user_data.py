@@ -58,7 +58,11 @@ class TensorLoader(KeyedLoader):
 
     def _images(self, order: Tensor, views: Tensor, parts: list[slice]) -> Generator[Tensor, None, None]:
         for part in parts:
-            yield _served(self._stored.index_select(0, order[part]), self._dtype, self._channels_last)
+            yield self.gather(order[part], views[part])
+
+    def gather(self, order: Tensor, views: Tensor) -> Tensor:  # [B], [B] -> [B, ...]
+        """The samples at these places: a batch, on the device alone."""
+        return _served(self._stored.index_select(0, order), self._dtype, self._channels_last)
 
 
 class WrappedDataLoader:

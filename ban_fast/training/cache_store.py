@@ -84,6 +84,11 @@ class MemoryRows:
         """[count, width]."""
         return self._table[: self.count]
 
+    @property
+    def room(self) -> Tensor:
+        """[capacity, width]: the table, and what is not written yet below it."""
+        return self._table
+
     def append(
         self, values: Tensor, forwards: int, keys: Tensor | None = None, confidence: Tensor | None = None
     ) -> None:  # [n, width], [n], [n, 1]

@@ -1,11 +1,14 @@
 """torch.compile, with its failures as one line."""
 
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from ..errors import OptionError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_compiler(device: torch.device) -> None:
@@ -13,19 +16,19 @@ def check_compiler(device: torch.device) -> None:
     _told(torch.compile(lambda x: x + 1))(torch.zeros(1, device=device))
 
 
-def compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network's forward, compiled when first called; parameters, buffers and modes stay the network's own."""
-    return _told(torch.compile(network))
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A network or a function of networks, compiled when first called; parameters and modes stay the networks' own."""
+    return _told(torch.compile(function))
 
 
-def _told(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _told(function: Callable[P, R]) -> Callable[P, R]:
     from torch._dynamo.exc import BackendCompilerFailed
 
-    def call(x: Tensor) -> Tensor:
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
         try:
-            return function(x)
+            return function(*arguments, **named)
         except BackendCompilerFailed as error:
             reason = str(error.inner_exception).strip().split("\n")[0]
-            raise OptionError("compile", f"torch.compile failed ({reason}); leave it out") from error
+            raise OptionError("step", f"torch.compile failed ({reason}); use eager, and no --compile") from error
 
     return call

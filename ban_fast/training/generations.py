@@ -24,6 +24,7 @@ from .observer import Interrupted, Observer, Plan
 from .results import Results
 from .run_store import RunStore
 from .seeds import derived_seed, generation_seed, isolated
+from .step_choice import COMPILE, check_step
 from .task import CUSTOM, ModelFactory, Samples, Task, build, training_device, with_own
 from .teacher import Teacher, fingerprint
 from .teacher_choice import FOLDER, check_cache, choose_teacher, remove_own
@@ -74,8 +75,9 @@ def run(
         device = training_device(config.device)
         stack.enter_context(prepared(device))
         task = make_task(config, device, model=model, train=train, test=test, validation=validation)
+        check_step(config, device, task.train(0))
         check_cache(config, task, None if store is None else store.path / FOLDER, resume)
-        if config.compile:
+        if config.steps == COMPILE:
             check_compiler(device)
         if store is not None:
             begin(store, config, task, resume, observer)

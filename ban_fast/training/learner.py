@@ -10,6 +10,7 @@ from ..config import Config, ObjectiveConfig
 from ..data import Batch, Loader
 from ..errors import UserError
 from .accumulate import added, parts, with_total
+from .compiled import compiled
 from .evaluator import Evaluator
 from .metrics import Meter
 from .objectives import Terms, make_objective
@@ -17,6 +18,7 @@ from .observer import Observer
 from .optim import Plateau, clip, learning_rate, make_optimizer
 from .run_store import GenerationFiles
 from .seeds import Turns, derived_seed, random_state, seed_everything, set_random_state
+from .step_choice import COMPILE, choose_step
 from .task import Task, trainable_parameters
 from .teacher import Taught, Teacher
 
@@ -60,6 +62,8 @@ class Learner:
         self.optimizer = make_optimizer(config.optimizer, network.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.reader = task.reader(network)
+        self.steps = choose_step(config, device, loader, teacher, together)
+        self._forward_and_loss = self._eager_terms if self.steps.mode != COMPILE else compiled(self._eager_terms)
         self.plateau = Plateau(config.optimizer)
         self.meter = Meter(device)
 
@@ -69,6 +73,8 @@ class Learner:
         self.images = 0  # images or tokens trained on
         self.seconds = 0.0  # spent on that
         self.step_on_device = torch.zeros((), dtype=torch.int64, device=device)
+        # What a fused kernel reads: single precision on a GPU.
+        self.rate = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
         self.last_outputs: dict[str, Tensor] = {}  # by split, of the final weights, as far as they were asked for
         self.best: dict[str, Any] | None = None  # of the epoch with the best figure on a selection split
         self._unsaved = True
@@ -100,9 +106,23 @@ class Learner:
 
     def learn(self, batch: Batch, taught: Taught | None) -> None:
         """One optimizer step."""
-        rate = learning_rate(self.config.optimizer, self.step, self.total_steps) * self.plateau.factor
+        self.use_rate(self.learning_rate(self.step))
+        self.update(batch, taught)
+        self.advance(len(batch.labels))
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step of this epoch."""
+        return learning_rate(self.config.optimizer, step, self.total_steps) * self.plateau.factor
+
+    def use_rate(self, rate: float) -> None:
+        """Learn at this rate from now on."""
+        if self.device.type == "cuda":  # where recorded steps read it too: a number is rounded otherwise there
+            self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate if self.device.type == "cuda" else rate
+
+    def update(self, batch: Batch, taught: Taught | None) -> None:
+        """What a step does on the device: nothing here waits for it, or is to be remembered outside of it."""
         terms, logits = self._gradients(batch, taught)
         clip(self.config.optimizer, self.optimizer, self.scaler)
         self.scaler.step(self.optimizer)
@@ -110,9 +130,13 @@ class Learner:
         self.optimizer.zero_grad()
         self.meter.add(terms, logits, batch.labels)
         self.step_on_device += 1
+
+    def advance(self, images: int) -> None:
+        """Count a step of so many images that was made."""
+        self.meter.images += images
         self.step += 1
         self.batch += 1
-        self.images += len(batch.labels)
+        self.images += images
         self._unsaved = True
 
     def _gradients(self, batch: Batch, taught: Taught | None) -> tuple[Terms, Tensor]:
@@ -123,9 +147,7 @@ class Learner:
             taught = with_total(taught)
         total, outputs = None, []
         for part in parts(batch, taught, size):
-            with autocast(self.config, self.device):
-                logits = self._logits(part.batch.images)
-            terms = self.objective(logits, part.taught, part.batch, self.step_on_device)
+            terms, logits = self._terms(part.batch, part.taught)
             share = 1.0 if is_weighted else part.share  # CWTM's weights are shares themselves
             weight = share * self.task.loss_factor
             torch.autograd.backward(self.scaler.scale(terms.loss if weight == 1 else terms.loss * weight))
@@ -134,11 +156,17 @@ class Learner:
         assert total is not None
         return total, torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _logits(self, images: Tensor) -> Tensor:  # [B, ...] -> [B, C]
+    def _eager_terms(self, batch: Batch, taught: Taught | None) -> tuple[Terms, Tensor]:
+        """Of a batch or a part of one; and its logits [B, C]."""
+        with autocast(self.config, self.device):
+            logits = self.reader(batch.images)
+        return self.objective(logits, taught, batch, self.step_on_device), logits
+
+    def _terms(self, batch: Batch, taught: Taught | None) -> tuple[Terms, Tensor]:
         try:
-            return self.reader(images)
+            return self._forward_and_loss(batch, taught)
         except ValueError as error:
-            if len(images) > 1:
+            if len(batch.images) > 1 or isinstance(error, UserError):
                 raise
             problem = str(error).partition("\n")[0]  # batch normalisation has no variance of one value
             raise UserError(
@@ -154,7 +182,7 @@ class Learner:
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.learning_rate(self.step - 1),
             "train": self.meter.means(),
         }
         split, best = self.evaluator.curve, self.best
@@ -293,6 +321,7 @@ class Learner:
             "parameters": self.parameters,
             "train_seconds": self.seconds,
             f"{self.task.unit}_per_second": self.images / self.seconds if self.seconds else 0.0,
+            "step": self.steps.record(),
         }
         if self.best is not None:
             record["best"] = self.best

@@ -8,7 +8,9 @@ from ..data import Batch
 from ..errors import UserError
 from .learner import Learner, autocast
 from .observer import Interrupted, Observer
+from .step_choice import GRAPH
 from .teacher import Teacher
+from .whole_step import WholeSteps
 
 # On a GPU, asking whether the loss is finite waits for it: once in so many steps. On the CPU, always.
 _STEPS_BETWEEN_CHECKS = 50
@@ -25,6 +27,7 @@ class Loop:
         self._observer, self._should_stop = observer, should_stop
         first = learners[0]
         self._config, self._loader, self._device, self._number = first.config, first.loader, first.device, first.number
+        self._whole = WholeSteps(first, observer) if first.steps.mode == GRAPH else None
         self._saved_at = time.perf_counter()
         self._clock = self._saved_at
 
@@ -46,9 +49,7 @@ class Loop:
         teachers = list({id(teacher): teacher for teacher in taught_by}.values())
         first, last = min(learner.batch for learner in learners), learners[0].batches(epoch)
         self._clock = time.perf_counter()
-        batches = islice(self._loader.epoch(epoch, first), last - first)
-        for number, batch in enumerate(self._prepared(batches, first, teachers), start=first):
-            self._step(batch, [learner for learner in learners if learner.batch == number])
+        for number in self._steps(epoch, first, last, learners, teachers):
             self._observer.step(self._number, epoch * learners[0].steps_per_epoch + number + 1)
             stop = self._should_stop()
             if stop or self._is_due():
@@ -61,6 +62,20 @@ class Loop:
         if done < last:
             raise UserError(f"the DataLoader ended after {done} batches; its length says {learners[0].steps_per_epoch}")
         self._tally(learners)
+
+    def _steps(
+        self, epoch: int, first: int, last: int, learners: list[Learner], teachers: list[Teacher]
+    ) -> Iterator[int]:
+        """Make the steps of an epoch's batches; their numbers, as they are made."""
+        if self._whole is not None:
+            for number in self._whole.epoch(epoch, first, last):
+                self._check(learners[0])
+                yield number
+            return
+        batches = islice(self._loader.epoch(epoch, first), last - first)
+        for number, batch in enumerate(self._prepared(batches, first, teachers), start=first):
+            self._step(batch, [learner for learner in learners if learner.batch == number])
+            yield number
 
     def _prepared(self, batches: Iterator[Batch], first: int, teachers: list[Teacher]) -> Iterator[Batch]:
         """The same batches, each group of them shown to the teachers before.
@@ -83,8 +98,11 @@ class Loop:
         for learner in learners:
             with learner.turn():
                 learner.learn(batch, None if learner.teacher is None else taught[id(learner.teacher)])
-            if self._device.type == "cpu" or learner.step % _STEPS_BETWEEN_CHECKS == 0:
-                learner.check_loss()
+            self._check(learner)
+
+    def _check(self, learner: Learner) -> None:
+        if self._device.type == "cpu" or learner.step % _STEPS_BETWEEN_CHECKS == 0:
+            learner.check_loss()
 
     def _close_epoch(self, learners: list[Learner]) -> None:
         try:

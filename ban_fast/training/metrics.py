@@ -22,11 +22,10 @@ class Meter:
         self.images = 0
 
     def add(self, terms: Terms, logits: Tensor, labels: Tensor) -> None:  # [B, C], [B]
-        """One batch."""
+        """One batch, on the device; `images` is counted by the caller."""
         loss = terms.loss.detach()
         wrong = (logits.detach().argmax(dim=1) != labels).to(loss.dtype).mean()
         self.sums.add_(torch.stack((loss, terms.kd, terms.label, wrong)), alpha=len(labels))
-        self.images += len(labels)
 
     def is_finite(self) -> bool:
         """Whether every loss so far was: NaN and infinity stay in a sum. Waits for the device."""

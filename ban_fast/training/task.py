@@ -26,7 +26,6 @@ from ..data import (
     open_loader,
 )
 from ..errors import OptionError, UserError
-from .compiled import compiled
 from .evaluator import Evaluator, ImageEvaluator
 from .reader import Forward, Reader
 from .seeds import derived_seed, isolated, seed_everything
@@ -176,7 +175,7 @@ def image_task(
         device=device,
         train=train_loader,
         evaluator=lambda seed, should_stop: ImageEvaluator(evaluation, device, seed, should_stop),
-        reader=lambda network: Forward(compiled(network) if config.compile else network),
+        reader=Forward,
         factory=factory,
         channels_last=config.channels_last,
         shape={

@@ -40,6 +40,14 @@ class Teacher(Protocol):
         """See batches that are about to be taught, in order."""
         ...
 
+    def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:  # [n], [n]
+        """Whether it would learn from seeing some of these. May wait for the device."""
+        ...
+
+    def addresses(self) -> Sequence[int] | None:
+        """Where a call reads what may move later; None where a call waits for the host."""
+        ...
+
     def __call__(self, batch: Batch) -> Taught:
         """What it says of a batch that it was prepared for. Detached."""
         ...
@@ -115,6 +123,14 @@ class LiveTeacher(Frozen):
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Nothing can be done before the batch is there."""
+
+    def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:
+        """It learns nothing."""
+        return False
+
+    def addresses(self) -> Sequence[int]:
+        """Its weights stay where they are."""
+        return ()
 
     def __call__(self, batch: Batch) -> Taught:
         """One forward pass."""

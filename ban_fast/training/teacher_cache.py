@@ -100,11 +100,27 @@ class CachedTeacher(Frozen):
             shown[len(images[part]) :] = images[-1]
             self._compute(wanted[part], shown)
 
+    def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:
+        """Whether the row of one of them is not known. On a GPU this waits for it."""
+        return bool((self._slots[sample_ids * self._views + views] == _UNKNOWN).any())
+
+    def addresses(self) -> Sequence[int] | None:
+        """Where tables lie that grow; None where a batch's rows have to be copied to the device."""
+        table = self._table()
+        if table.device.type != self._device.type:
+            return None
+        return table.data_ptr(), 0 if self._confidence is None else self._confidence.room.data_ptr()
+
+    def _table(self) -> Tensor:
+        """With room for rows to come, where it is in memory: it stays where it is until that is full."""
+        rows = self._rows if self._copy is None else self._copy
+        return rows.room if isinstance(rows, MemoryRows) else rows.table
+
     def __call__(self, batch: Batch) -> Taught:
         """Its rows, where they lie."""
         slots = self._slots[self._keys(batch)].long()
-        table = self._rows.table if self._copy is None else self._copy.table
-        confidence = None if self._confidence is None else self._confidence.table[:, 0]
+        table = self._table()
+        confidence = None if self._confidence is None else self._confidence.room[:, 0]
         rows: Tensor | None = slots
         if table.device.type != self._device.type:
             table, rows = table[slots.cpu()].to(self._device, non_blocking=True), None

@@ -17,10 +17,13 @@ from ..config import Config
 from ..data import KeyedLoader, Loader
 from ..errors import OptionError
 from .cache_store import FileRows, MemoryRows, count_rows, descriptions
+from .compiled import compiled
 from .environment import device_name
 from .learner import autocast, total_steps
 from .locks import InUse
+from .reader import Forward
 from .seeds import isolated
+from .step_choice import COMPILE
 from .task import Task, Views
 from .teacher import Frozen, LiveTeacher, Teacher, dtype_name
 from .teacher_cache import CachedTeacher
@@ -116,7 +119,7 @@ def choose_teacher(
     would be other bits.
     UserError where a cache is damaged beyond use, another teacher's, or in use.
     """
-    reader = task.reader(network)
+    reader = Forward(compiled(network)) if config.steps == COMPILE else task.reader(network)
     if config.teacher.mode == "live":
         return LiveTeacher(network, reader), None
     frozen = Frozen(network, reader)
@@ -274,7 +277,7 @@ def _description(frozen: Frozen, config: Config, task: Task, outputs: str, dtype
 def _manner(config: Config, task: Task) -> dict[str, Any]:
     """What is known of a description before there is a teacher, and without reading the images."""
     assert task.views is not None
-    precision = f"amp {config.amp}, {'compiled' if config.compile else 'eager'}, batches of "
+    precision = f"amp {config.amp}, {'compiled' if config.steps == COMPILE else 'eager'}, batches of "
     precision += f"{task.rows_per_step}{', channels last' if config.channels_last else ''}"
     return {
         "augmentation": task.views.description,

@@ -11,6 +11,7 @@ from ..data import Corpus, Level, TextLoader
 from ..errors import OptionError, UserError
 from .reader import Carried
 from .seeds import isolated
+from .step_choice import COMPILE
 from .task import ModelFactory, Task, first_line, placed, structure, trainable_parameters
 from .text_evaluator import TextEvaluator
 
@@ -114,8 +115,8 @@ def _refuse_what_is_for_images(config: Config) -> None:
             "micro_batch_size",
             f"divides batches of images, and {name} is a text; a smaller --batch-size has fewer streams",
         )
-    if config.compile:
-        raise OptionError("compile", "torch.compile does not take recurrent networks; leave it out")
+    if config.steps == COMPILE:
+        raise OptionError("step", "torch.compile does not take recurrent networks; use auto, and no --compile")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from .lineage import Lineage
 from .observer import Observer
 from .results import Results
 from .run_store import RunStore
+from .step_choice import COMPILE, check_step
 from .task import ModelFactory, Samples, Task, training_device, with_own
 from .teacher_choice import FOLDER, check_cache
 
@@ -69,8 +70,9 @@ def run_together(
         device = training_device(config.device)
         stack.enter_context(prepared(device))
         task = make_task(config, device, model=model, train=train, test=test, validation=validation)
+        check_step(config, device, task.train(0))
         check_cache(config, task, None if family is None else family.path / FOLDER, resume)
-        if config.compile:
+        if config.steps == COMPILE:
             check_compiler(device)
         if family is not None:
             _begin(family, stores, config, settings, task, resume, observer)

@@ -50,6 +50,15 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "schedule": (["train", "--schedule", "cosin"], ["--schedule: unknown value 'cosin'; did you mean 'cosine'?"]),
     "device": (["train", "--device", "gpu"], ["--device: unknown value 'gpu'"]),
     "amp": (["train", "--amp", "fp8"], ["--amp: unknown value 'fp8'; did you mean 'fp16'?"]),
+    "step": (["train", "--step", "grph"], ["--step: unknown value 'grph'; did you mean 'graph'?"]),
+    "graph without a GPU": (
+        ["train", "--step", "graph", "--device", "cpu"],
+        ["--step: a CUDA graph needs a GPU, and this run is on the CPU; use auto, eager or compile"],
+    ),
+    "compiled or recorded": (
+        ["train", "--compile", "--step", "graph"],
+        ["--compile: is step compile, and step is graph; leave one of them out"],
+    ),
     "teacher": (["train", "--teacher", "lve"], ["--teacher: unknown value 'lve'; did you mean 'live'?"]),
     "cache dtype": (["train", "--cache-dtype", "fp8"], ["--cache-dtype: unknown value 'fp8'; did you mean 'fp"]),
     "cache of a live teacher": (

@@ -225,7 +225,7 @@ def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=broken))
     with pytest.raises(OptionError, match=r"torch\.compile failed .*no working C\+\+ compiler") as caught:
         run(config(compile=True), out=tmp_path / "run", **own())
-    assert caught.value.field == "compile"
+    assert caught.value.field == "step"
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,59 @@
+"""How steps are made: as they are, compiled, or recorded as a CUDA graph; which of them a run can have, and takes."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..config import Config
+from ..data import Loader, MemoryLoader, TensorLoader
+from ..errors import OptionError
+from .teacher import Teacher
+
+EAGER, COMPILE, GRAPH = "eager", "compile", "graph"
+
+
+class StepChoice(NamedTuple):
+    """How the steps of a generation are made, and why so."""
+
+    mode: str
+    """"eager", "compile" or "graph"."""
+    reason: str
+
+    def record(self) -> dict[str, str]:
+        """What results.json says of it."""
+        return self._asdict()
+
+
+def check_step(config: Config, device: torch.device, loader: Loader) -> None:
+    """OptionError, before anything is trained or written, where the steps that `config` asks for can't be."""
+    if config.steps == GRAPH and (problem := _problem(config, device, loader, bool(config.students))):
+        raise OptionError("step", f"{problem}; use auto, eager or compile")
+
+
+def choose_step(
+    config: Config, device: torch.device, loader: Loader, teacher: Teacher | None, together: bool = False
+) -> StepChoice:
+    """What a generation's steps are; `together`: of several students side by side."""
+    if config.steps in (EAGER, COMPILE):
+        return StepChoice(config.steps, "asked for")
+    problem = _problem(config, device, loader, together)
+    if problem is None and teacher is not None and teacher.addresses() is None:
+        problem = "the teacher's rows are not in the device's memory"
+    if problem is not None:
+        return StepChoice(EAGER, problem)
+    return StepChoice(GRAPH, "asked for" if config.steps == GRAPH else "all parts of a step are on the device")
+
+
+def _problem(config: Config, device: torch.device, loader: Loader, together: bool) -> str | None:
+    """Why a step can't be recorded, if so."""
+    if device.type != "cuda":
+        return "a CUDA graph needs a GPU, and this run is on the CPU"
+    if config.amp == "fp16":
+        return "fp16's loss scale, which may skip a step, is not recorded; bf16 needs none"
+    if together:
+        return "students side by side draw from generators of their own, and a CUDA graph has one"
+    if not isinstance(loader, (MemoryLoader, TensorLoader)):
+        return "a CUDA graph gathers images from the device's memory, and this loader's come from elsewhere"
+    if loader.shard.of > 1:
+        return "what several processes exchange in a step is not recorded"
+    return None

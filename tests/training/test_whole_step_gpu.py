@@ -1,0 +1,131 @@
+"""What only a GPU can show of steps recorded as CUDA graphs: eager bits, no waits, rows that move. `pytest -m gpu`."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import Recorder, StopAt, config, digits, footprint, network, own
+
+from ban_fast.config import ModelConfig, TeacherConfig
+from ban_fast.errors import OptionError
+from ban_fast.training import Interrupted, run, whole_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def deterministic_kernels() -> Iterator[None]:
+    """Two runs can only be compared where each would meet its own bits again."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def but_for_steps(path: Path) -> dict[str, Any]:
+    found = copy.deepcopy(footprint(path))
+    for record in found["results"]["generations"]:
+        del record["step"]
+    return found
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("mode", ["live", "cache"])
+@pytest.mark.parametrize("objective", ["ban", "ban+l", "cwtm", "dkpp"])
+def test_eagers_bits(tmp_path: Path, objective: str, mode: str, amp: str) -> None:
+    """Weights, losses and figures of a recorded run are an eager one's."""
+    for step in ("eager", "graph"):
+        teacher = TeacherConfig(mode=mode)
+        settings = digits(objective, epochs=6, amp=amp, teacher=teacher, step=step, device="cuda")
+        results = run(settings, out=tmp_path / step)
+        assert {record["step"]["mode"] for record in results.generations} == {step}
+    assert but_for_steps(tmp_path / "graph") == but_for_steps(tmp_path / "eager")
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "wrn-10-1"}, {"name": "densenet-bc-16-4", "options": {"memory": "shared"}}]
+)
+def test_networks_of_the_paper(tmp_path: Path, options: dict[str, Any]) -> None:
+    for step in ("eager", "graph"):
+        settings = digits(epochs=3, model=ModelConfig(**options), channels_last=True, step=step, device="cuda")
+        run(settings, out=tmp_path / step)
+    assert but_for_steps(tmp_path / "graph") == but_for_steps(tmp_path / "eager")
+
+
+def test_auto_records_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Dropout's draws, the order, the rates and a growing cache: as if nothing had happened."""
+    settings = config("dkpp", device="cuda", epochs=12, teacher=TeacherConfig(mode="cache"))
+    data = own(model=lambda: network()[:4].append(torch.nn.Flatten()).append(torch.nn.Linear(288, 4)))
+    results = run(settings, out=tmp_path / "a", **data)
+    assert [record["step"]["mode"] for record in results.generations] == ["graph"] * 3
+    with pytest.raises(Interrupted):
+        run(settings, out=tmp_path / "b", should_stop=StopAt(40), **data)
+    run(settings, out=tmp_path / "b", resume=True, **data)
+    assert footprint(tmp_path / "b") == footprint(tmp_path / "a")
+
+
+def test_rows_that_move_are_recorded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is full is copied to a larger one: replays must not read the old one."""
+    recordings = 0
+    real = whole_step.Recorded._record
+
+    def record(self: whole_step.Recorded) -> torch.cuda.CUDAGraph:
+        nonlocal recordings
+        recordings += 1
+        return real(self)
+
+    monkeypatch.setattr(whole_step.Recorded, "_record", record)
+    monkeypatch.setattr("ban_fast.training.cache_store._FIRST_CAPACITY", 64)
+    run(digits(epochs=12, teacher=TeacherConfig(mode="cache"), step="graph", device="cuda"), out=tmp_path / "graph")
+    assert recordings > 3  # generation 0's, and several of generation 1's
+    run(digits(epochs=12, teacher=TeacherConfig(mode="cache"), step="eager", device="cuda"), out=tmp_path / "eager")
+    assert but_for_steps(tmp_path / "graph") == but_for_steps(tmp_path / "eager")
+
+
+def test_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is made as it is, to warm up, and where it is replayed."""
+    real = whole_step.Recorded.__call__
+
+    def call(self: whole_step.Recorded) -> None:
+        if not self._warm_ups and self._graph is None:
+            return real(self)  # recording waits once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(whole_step.Recorded, "__call__", call)
+    run(digits("dkpp", epochs=3, teacher=TeacherConfig(mode="live"), step="graph", device="cuda"))
+
+
+class Waits(torch.nn.Module):
+    """A network that asks the host for a number in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) if x.abs().max().item() < 1e9 else self.body(0 * x)
+
+
+def test_a_network_that_can_not_be_recorded(tmp_path: Path) -> None:
+    observer = Recorder()
+    results = run(config(device="cuda", generations=0), observer=observer, **own(model=Waits))
+    assert results.generations[0]["step"]["mode"] == "eager"
+    assert any("can't be recorded" in text for text in observer.messages)
+    with pytest.raises(OptionError, match="step: a step can't be recorded as a CUDA graph"):
+        run(config(device="cuda", generations=0, step="graph"), **own(model=Waits))
+
+
+def test_fp16_is_refused() -> None:
+    with pytest.raises(OptionError, match="step: fp16's loss scale"):
+        run(config(device="cuda", amp="fp16", step="graph"), **own())
+    assert run(config(device="cuda", amp="fp16", generations=0), **own()).generations[0]["step"]["mode"] == "eager"

@@ -28,9 +28,7 @@ def through_block(
         raise ValueError(f"batch norm needs more than 1 value per channel when training, got {list(x.shape)}")
     y, statistics = dense_block(x, [conv.weight for conv in convs], [_values(n, x) for n in batch_norms], group=group)
     with torch.no_grad():
-        for i, norm in enumerate(batch_norms):
-            if norm.training and norm.track_running_stats:
-                _track(norm, i, statistics, empty=not group and x.shape[0] == 0)
+        _track(batch_norms, statistics, empty=not group and x.shape[0] == 0)
     return y
 
 
@@ -71,17 +69,29 @@ def _values(norm: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> Norm:
     return Norm(weight, bias, mean, var, norm.eps)
 
 
-def _track(norm: nn.BatchNorm2d | nn.SyncBatchNorm, index: int, statistics: Statistics, *, empty: bool) -> None:
-    """Running statistics of norm number `index` of a block, as nn.BatchNorm2d moves them."""
-    factor: Tensor | float | None = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = norm.num_batches_tracked.to(statistics.total.dtype).reciprocal()
+def _track(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], statistics: Statistics, *, empty: bool) -> None:
+    """Running statistics of a block's norms, as nn.BatchNorm2d moves them. All of one momentum move at once: launches
+    for each norm would be more than the block's own."""
+    tracking = [(i, norm) for i, norm in enumerate(norms) if norm.training and norm.track_running_stats]
+    counts = [norm.num_batches_tracked for _, norm in tracking if norm.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
     if empty:  # counted, and nothing to learn from
         return
-    mean, var = statistics.hidden[index // 2] if index % 2 else statistics.features[:, : norm.num_features]
-    unbiased = var * (statistics.total / (statistics.total - 1))
-    for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        if running is not None:
-            running.lerp_(value.to(running.dtype), 0.0 if factor is None else factor)
+    correction = statistics.total / (statistics.total - 1)
+    features = statistics.features[0], statistics.features[1] * correction
+    hidden = statistics.hidden[:, 0], statistics.hidden[:, 1] * correction
+    moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for i, norm in tracking:
+        for j, running in enumerate((norm.running_mean, norm.running_var)):
+            if running is None:
+                continue
+            value = (hidden[j][i // 2] if i % 2 else features[j][: norm.num_features]).to(running.dtype)
+            if norm.momentum is None and norm.num_batches_tracked is not None:
+                running.lerp_(value, norm.num_batches_tracked.to(running.dtype).reciprocal())
+                continue
+            group = moved.setdefault(norm.momentum or 0.0, ([], []))
+            group[0].append(running)
+            group[1].append(value)
+    for momentum, (running_values, values) in moved.items():
+        torch._foreach_lerp_(running_values, values, momentum)

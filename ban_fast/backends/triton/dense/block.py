@@ -139,7 +139,7 @@ class _Backward:
         grad, self.conv_grads[index] = convolve_backward(self._made(self.shape.grown_by(unit)), a, weight, wanted)
         terms = torch.empty_like(statistics)
         self._settle(index, passes.deposit(rows(grad), rows(hidden), norm, statistics), statistics, terms, add=False)
-        taken = sum_over_ranks(terms, self.group) if norm.mean is None else None
+        taken = sum_over_ranks(terms, self.group)
         passes.correct(rows(grad), rows(hidden), statistics, taken, self.saved.total, rows(grad), norm)
         self._through(2 * unit, rows(grad), self.shape.read_by(unit), add=True)
 

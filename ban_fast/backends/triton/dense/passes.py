@@ -155,7 +155,7 @@ def correct_kernel(
     beta,
     mean,
     var,
-    terms,  # [2, C] at any pitch, or None
+    terms,  # [2, C] at any pitch
     total,  # []
     out,  # [R, C]
     num_rows,
@@ -163,7 +163,7 @@ def correct_kernel(
     grad_pitch,
     x_pitch,
     out_pitch,
-    into_pitch,  # of the terms
+    terms_pitch,
     eps,
     GRAD_ALIGN: tl.constexpr,
     X_ALIGN: tl.constexpr,
@@ -181,11 +181,10 @@ def correct_kernel(
         g = tl.where(values * scale[None, :] + shift[None, :] <= 0.0, 0.0, g) * scale[None, :]
     else:
         middle = tl.load(mean + cols, mask=inside, other=0.0)
-    if terms is not None:
-        values_in_all = tl.load(total)
-        p = tl.load(terms + cols, mask=inside, other=0.0) / values_in_all
-        q = tl.load(terms + into_pitch + cols, mask=inside, other=0.0) / values_in_all
-        g -= p[None, :] + (values - middle[None, :]) * q[None, :]
+    over = tl.load(total)
+    p = tl.load(terms + cols, mask=inside, other=0.0) / over
+    q = tl.load(terms + terms_pitch + cols, mask=inside, other=0.0) / over
+    g -= p[None, :] + (values - middle[None, :]) * q[None, :]
     store_tile(out, rows, cols, g, num_rows, num_channels, out_pitch, OUT_ALIGN)
 
 
@@ -293,7 +292,7 @@ def correct(
     grad: Tensor,  # [R, C], any pitch
     x: Tensor,  # [R, C], any pitch
     statistics: Tensor,  # [2, C]
-    terms: Tensor | None,  # [2, C]
+    terms: Tensor,  # [2, C]
     total: Tensor,  # []
     out: Tensor,  # [R, C], any pitch; may be grad
     norm: Norm | None = None,
@@ -315,7 +314,7 @@ def correct(
         grad_pitch=grad.stride(0),
         x_pitch=x.stride(0),
         out_pitch=out.stride(0),
-        into_pitch=0 if terms is None else terms.stride(0),
+        terms_pitch=terms.stride(0),
         GRAD_ALIGN=alignment(grad),
         X_ALIGN=alignment(x),
         OUT_ALIGN=store_alignment(out),

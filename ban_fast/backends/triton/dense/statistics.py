@@ -123,11 +123,11 @@ def settle_kernel(
     beta,
     mean,
     var,
-    terms,  # [2, C] at any pitch, or None
+    terms,  # [2, C] at any pitch
     norm_grad,  # [2, C]
     num_tiles,
     num_channels,
-    x_pitch,
+    terms_pitch,
     eps,
     BATCH: tl.constexpr,
     ADD: tl.constexpr,
@@ -151,9 +151,9 @@ def settle_kernel(
         q = scale * inverse * inverse * distance
         if ADD:
             p += tl.load(terms + cols, mask=inside)
-            q += tl.load(terms + x_pitch + cols, mask=inside)
+            q += tl.load(terms + terms_pitch + cols, mask=inside)
         tl.store(terms + cols, p, mask=inside)
-        tl.store(terms + x_pitch + cols, q, mask=inside)
+        tl.store(terms + terms_pitch + cols, q, mask=inside)
 
 
 def finish(
@@ -218,7 +218,7 @@ def settle(partials: Partials, norm: Norm, statistics: Tensor, terms: Tensor, *,
         norm_grad=norm_grad,
         num_tiles=tiles,
         num_channels=channels,
-        x_pitch=terms.stride(0),
+        terms_pitch=terms.stride(0),
         BATCH=norm.mean is None,
         ADD=add,
         CHANNELS=_CHANNELS,

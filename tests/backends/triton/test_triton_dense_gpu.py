@@ -1,0 +1,196 @@
+"""What only a GPU can show of memory="shared" on Triton's kernels: `pytest -m gpu`. Values of a block: contract/."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from ban_fast import models
+from ban_fast.backends import dense_block, dense_dispatch
+from ban_fast.backends.triton import dense
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+SMALL = {"units": [3, 2], "growth": [12, 33], "init_width": 24, "num_classes": 10}
+"""Widths that 16 bytes divide and not."""
+
+
+@contextmanager
+def fp32(how: str) -> Iterator[None]:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = how
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def small(memory: str) -> nn.Module:
+    torch.manual_seed(0)
+    return models.DenseNet(**SMALL, memory=memory).cuda().to(memory_format=torch.channels_last)
+
+
+def paper(memory: str) -> nn.Module:
+    torch.manual_seed(0)
+    return models.create("densenet-bc-100-12", memory=memory).cuda().to(memory_format=torch.channels_last)
+
+
+def images(batch: int = 8, size: int = 16, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, labels = torch.randn(batch, 3, size, size, generator=generator), torch.arange(batch) % 10
+    return x.cuda().to(memory_format=torch.channels_last), labels.cuda()
+
+
+def step(network: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Logits, every gradient and every running statistic."""
+    network.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+        logits = network(x)
+    F.cross_entropy(logits.float() if dtype != torch.float64 else logits, labels).backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    return [logits.detach(), *gradients, *(b.clone() for b in network.buffers() if b.is_floating_point())]
+
+
+def mean_error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """In the 2-norm, relative, averaged over tensors."""
+    errors = [((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(found, exact, strict=True)]
+    return sum(errors) / len(errors)
+
+
+def errors(make: Callable[[str], nn.Module], dtype: torch.dtype, x: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of plain and shared, against plain in float64."""
+    exact = step(make("plain").double(), x.double(), labels, torch.float64)
+    return {memory: mean_error(step(make(memory), x, labels, dtype), exact) for memory in ("plain", "shared")}
+
+
+def test_the_kernels_serve_a_gpu() -> None:
+    assert dense_dispatch._serving(torch.empty(2, 3, device="cuda")) is dense
+    assert dense_dispatch._serving(torch.empty(2, 3, device="cuda", dtype=torch.float64)) is dense_block
+
+
+@pytest.mark.parametrize("how", ["ieee", "tf32"])
+def test_fp32_is_as_exact_as_plain(how: str) -> None:
+    with fp32(how):
+        error = errors(small, torch.float32, *images())
+    assert error["plain"] < (1e-4 if how == "ieee" else 0.1)  # well conditioned: what follows says something
+    assert error["shared"] < 1.5 * error["plain"]  # both only round
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_as_exact_as_plain(dtype: torch.dtype) -> None:
+    error = errors(small, dtype, *images())
+    assert error["plain"] < 0.5
+    assert error["shared"] < 1.2 * error["plain"]  # 1.2: for chance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_of_densenet_bc_100_12(dtype: torch.dtype) -> None:
+    with fp32("ieee"):
+        error = errors(paper, dtype, *images(16, 32))
+    # A hundred layers of batch norm magnify roundings: 6e-8 to 1e-3 at most, bf16's 4e-3 to its gradients' own size.
+    assert error["plain"] < (1e-3 if dtype == torch.float32 else 1)
+    assert error["shared"] < (1.5 if dtype == torch.float32 else 1.2) * error["plain"]
+
+
+def test_float64_is_plain_s_to_1e_10() -> None:
+    x, labels = images()
+    plain, shared = (step(small(m).double(), x.double(), labels, torch.float64) for m in ("plain", "shared"))
+    for a, b in zip(shared, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_at_every_step(dtype: torch.dtype) -> None:
+    """No atomics in the kernels; cuDNN is asked for deterministic convolutions."""
+    x, labels = images(32, 32)
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        first, second = (step(small("shared"), x, labels, dtype) for _ in range(2))
+    finally:
+        torch.backends.cudnn.deterministic = before
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_replays_to_eager_s_values(dtype: torch.dtype) -> None:
+    network, (x, labels) = small("shared"), images()
+
+    def once() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+            logits = network(x)
+        gradients = torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(network.parameters()))
+        return [logits, *gradients]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = once()
+    for seed in range(2, 5):
+        x.copy_(images(seed=seed)[0])
+        expected = [value.detach().clone() for value in once()]
+        graph.replay()
+        for a, b in zip(captured, expected, strict=True):
+            # cuDNN may take another algorithm while a graph is captured.
+            torch.testing.assert_close(
+                a, b, rtol=0, atol=(0.05 if dtype == torch.bfloat16 else 1e-2) * b.abs().max().item()
+            )
+
+
+def test_no_host_sync_in_a_step() -> None:
+    network, (x, labels) = small("shared"), images()
+    step(network, x, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(network, x, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_eval_mode_and_no_grad() -> None:
+    network, (x, _) = small("shared"), images()
+    plain = small("plain")
+    for each in (network, plain):
+        step(each, *images(seed=3))
+        each.eval()
+    with fp32("ieee"), torch.no_grad():
+        torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-3)  # statistics moved in TF32 before
+
+
+def test_a_unit_is_few_launches() -> None:
+    """Six kernels of ours forward, nine or ten backward; cuDNN and autograd have theirs beside."""
+    network, (x, labels) = small("shared"), images()
+    step(network, x, labels)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        step(network, x, labels)
+        torch.cuda.synchronize()
+    names = [event.name for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    units = sum(SMALL["units"])  # type: ignore[arg-type]
+    assert names.count("project_kernel") == units + 1  # and the transition
+    assert names.count("place_kernel") == units + 2  # and what enters a block
+    assert names.count("unproject_kernel") == units + 1
+    assert names.count("activate_kernel") == 2 * units
+
+
+def test_less_memory_than_checkpoint() -> None:
+    held = {}
+    for memory in ("plain", "checkpoint", "shared"):
+        network, (x, labels) = paper(memory), images(32, 32)
+        with torch.autocast("cuda", torch.bfloat16):
+            F.cross_entropy(network(x).float(), labels).backward()
+            before = torch.cuda.memory_allocated()
+            loss = F.cross_entropy(network(x).float(), labels)
+        held[memory] = torch.cuda.memory_allocated() - before
+        del loss
+    assert held["shared"] < 0.6 * held["checkpoint"]
+    assert held["shared"] < 0.25 * held["plain"]

@@ -7,7 +7,13 @@ from typing import Any
 
 from . import paper
 
-_DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "custom": "own data"}
+_DATASETS = {
+    "digits": "digits",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "ptb": "Penn Treebank",
+    "custom": "own data",
+}
 _OBJECTIVES = {"label": "labels", "ban": "BAN", "ban+l": "BAN+L", "cwtm": "CWTM", "dkpp": "DKPP"}
 
 
@@ -45,6 +51,11 @@ def scaled_down(config: Mapping[str, Any]) -> str | None:
     parts = [text.format(f"{limit:,}") for limit, text in cuts if limit is not None]
     if data["name"] in paper.DATASETS and config["epochs"] < paper.EPOCHS:
         parts.append(f"{config['epochs']} of the paper's {paper.EPOCHS} epochs")
+    if data["name"] == paper.TEXT:
+        if paper.text_row(config) is None:
+            parts.append(f"{config['model']['name']} is no network of the paper's")
+        if config["epochs"] < paper.TEXT_EPOCHS:
+            parts.append(f"{config['epochs']} of the paper's {paper.TEXT_EPOCHS} epochs")
     return f"scaled down: {', '.join(parts)}" if parts else None
 
 
@@ -63,6 +74,11 @@ def standard_error(record: Mapping[str, Any]) -> float:
     """Binomial standard error, in points, of a record's test error: what another draw of the test images would move."""
     share = record["test"]["error"] / 100
     return 100 * math.sqrt(share * (1 - share) / test_images(record))
+
+
+def is_text(record: Mapping[str, Any]) -> bool:
+    """Whether a record of results.json is a language model's."""
+    return "perplexity" in record.get("test", {})
 
 
 def headline(test: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""Test errors that the paper printed, for the runs whose dataset and network have a row in its tables.
+"""Test errors and perplexities that the paper printed, for runs whose data and network have a row in its tables.
 
 Source: Furlanello et al., "Born-Again Neural Networks" (2018), Table 1 (CIFAR-10), Table 2 (CIFAR-100, DenseNets) and
 Table 3 (CIFAR-100, Wide-ResNets), in percent, each from one run. Columns: Teacher, BAN (one student on the teacher's
 outputs alone), BAN+L, CWTM, DKPP, BAN-1 to BAN-3 (the sequence, with seeds of its own: for the DenseNets BAN-1 and BAN
-are two measurements of one thing), Ens*2 and Ens*3 (BAN-1 and 2; BAN-1, 2 and 3).
+are two measurements of one thing), Ens*2 and Ens*3 (BAN-1 and 2; BAN-1, 2 and 3). Table 6 (Penn Treebank): validation
+and test perplexity of a teacher and one student, which learned from outputs and labels (section 5.3).
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ from typing import Any
 DATASETS = ("cifar10", "cifar100")
 EPOCHS = 200
 """Passes over the training images for each generation, in every row."""
+TEXT = "ptb"
+TEXT_EPOCHS = 40
+"""Passes over Penn Treebank (section 4.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +97,36 @@ _ROWS: dict[tuple[str, str], Row] = {
 def row(config: Mapping[str, Any]) -> Row | None:
     """The paper's row for a run's config.json, or None where its tables have none for that dataset and network."""
     return _ROWS.get((config["data"]["name"], config["model"]["name"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Of one language model."""
+
+    valid: float
+    test: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow:
+    """One row of Table 6."""
+
+    teacher: Perplexity
+    student: Perplexity
+
+    def generation(self, number: int, objective: str) -> Perplexity | None:
+        """The perplexities of generation `number` (0 is the teacher) of a run whose students learn by `objective`."""
+        if number == 0:
+            return self.teacher
+        return self.student if (number, objective) == (1, "ban+l") else None
+
+
+_LSTM = TextRow(teacher=Perplexity(valid=75.11, test=71.87), student=Perplexity(valid=71.19, test=68.56))
+_CNN_LSTM = TextRow(teacher=Perplexity(valid=83.69, test=80.05), student=Perplexity(valid=80.27, test=76.97))
+_TEXT_ROWS = {"lstm-1500": _LSTM, "cnn-lstm": _CNN_LSTM, "cnn-lstm-650": _CNN_LSTM}
+
+
+def text_row(config: Mapping[str, Any]) -> TextRow | None:
+    """Table 6's row for a run's config.json: of Penn Treebank by words, and a network as the paper has it, or None."""
+    is_ptb = config["data"]["name"] == TEXT and config["text"]["level"] == "word"
+    return _TEXT_ROWS.get(config["model"]["name"]) if is_ptb and not config["model"]["options"] else None

@@ -45,6 +45,21 @@ def quiet(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def label(axes: Axes, x: float, y: float, color: str, *, is_above: bool) -> None:
+    """A value beside its point: on its upper right, or below it."""
+    axes.annotate(
+        f"{y:.2f}",
+        (x, y),
+        xytext=(6, 5) if is_above else (0, -8),
+        textcoords="offset points",
+        ha="left" if is_above else "center",
+        va="bottom" if is_above else "top",
+        size=9,
+        color=color,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+    )
+
+
 def legend(made: Figure, axes: Sequence[Axes], columns: int) -> None:
     """One legend of all `axes` below everything, without a box; a label that several have is there once."""
     entries: dict[str, Artist] = {}

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation import RunDirectory
-from . import describe, paper
+from . import describe, paper, text_table
 
 _AVERAGES = {"probabilities": "ensembles (probabilities)", "logits": "ensembles (logits)"}
 
@@ -18,6 +18,8 @@ Record = Mapping[str, Any]
 
 def table(run: RunDirectory, results: Record | None = None) -> Group:
     """What a run came to, for a rich console: error (percent), NLL (nats), ECE, change against the teacher, time.
+
+    Of language models: perplexities, of the last and of the best epoch.
 
     `results` are the figures of results.json computed anew; None reads the file. A scaled-down or unfinished run says
     so above the table. UserError where the directory's files can't be read.
@@ -37,6 +39,9 @@ def table(run: RunDirectory, results: Record | None = None) -> Group:
             parts.append(Text(note, style="yellow"))
     if results["generations"]:
         teacher = stored["generations"][0]
+        if describe.is_text(teacher):
+            parts += [text_table.rows(config, results, teacher), Text(text_table.REMARK, style="dim")]
+            return Group(*parts)
         parts.append(_rows(config, results, teacher))
         if "test" in teacher:
             parts.append(Text(_remark(teacher), style="dim"))

@@ -29,8 +29,8 @@ from ban_fast.config import Config, ModelConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError
 from ban_fast.training import Interrupted, run
 from ban_fast.training.cache_store import count_rows
+from ban_fast.training.jobs import make_task
 from ban_fast.training.locks import DirectoryLock
-from ban_fast.training.task import make_task
 from ban_fast.training.teacher_cache import CachedTeacher
 from ban_fast.training.teacher_choice import choose_teacher
 

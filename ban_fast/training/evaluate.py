@@ -15,7 +15,7 @@ from .evaluator import TEST
 from .jobs import make_task
 from .run_store import stored_config
 from .seeds import generation_seed, isolated
-from .task import ModelFactory, Samples, training_device, with_own
+from .task import ModelFactory, Samples, Task, training_device, with_own
 
 
 def evaluate_run(
@@ -50,6 +50,7 @@ def evaluate_run(
     place = training_device(device)
     with isolated(place):
         task = make_task(config, place, model=model, train=train, test=test, validation=validation)
+        _check_vocabulary(directory, task)
         evaluator = task.evaluator(config.seed, lambda: False)
         records: list[dict[str, Any]] = []
         test_outputs: dict[int, Tensor] = {}
@@ -65,6 +66,17 @@ def evaluate_run(
             for vote in votes:
                 ensembles += evaluator.ensembles(list(vote), [test_outputs[member] for member in vote])
     return {"format": results["format"], "generations": records, "ensembles": ensembles}
+
+
+def _check_vocabulary(directory: RunDirectory, task: Task) -> None:
+    """UserError where the words of a text are not those that a run's networks know."""
+    then = directory.environment().get("shape", {})
+    for key in ("classes", "vocabulary"):
+        if "vocabulary" in then and then[key] != task.shape.get(key):
+            raise UserError(
+                f"the networks in {directory.path} know a text of {key} {then[key]}, here it is {task.shape.get(key)}: "
+                "name the directory of theirs"
+            )
 
 
 def _members(members: Sequence[int] | None, finished: int, directory: RunDirectory) -> list[int]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from small_runs import Recorder, config, own
+from text_runs import text_config, write_text
 
 from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TeacherConfig
 from ban_fast.training import run, run_together
@@ -180,6 +181,12 @@ def main() -> None:
         killed_at_random(settings, own(), directory, kills=6, seed=4)
     elif mode == "small":
         killed_at_random(config(epochs=8, checkpoint_seconds=0.0), own(), directory, kills=6, seed=1)
+    elif mode in ("text", "text-cache", "text-together"):
+        corpus = write_text(directory / "corpus", lines=40)
+        changes: dict[str, Any] = {"teacher": TeacherConfig(mode="cache" if mode == "text-cache" else "live")}
+        if mode == "text-together":
+            changes |= {"students": ("ban+l", "dkpp"), "epochs": 2}
+        killed_at_random(text_config(corpus, checkpoint_seconds=0.0, **changes), {}, directory, kills=6, seed=5)
     elif mode == "wide-resnet":
         killed_at_random(wide_resnet(), {}, directory, kills=8, seed=2)
     else:

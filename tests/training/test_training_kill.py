@@ -54,7 +54,15 @@ def footprints(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "mode", ["small", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("wide-resnet", "cache", "together"))]
+    "mode",
+    [
+        "small",
+        "text",
+        *(
+            pytest.param(mode, marks=pytest.mark.slow)
+            for mode in ("wide-resnet", "cache", "together", "text-cache", "text-together")
+        ),
+    ],
 )
 def test_killed_at_random_moments(mode: str, tmp_path: Path) -> None:
     said = nursery(mode, tmp_path)

@@ -82,6 +82,8 @@ class Task:
     """What the rows of a batch are, in speeds."""
     rows_per_step: int
     """Of them in a batch of training."""
+    is_fixed: bool = False
+    """Whether every epoch serves the same batches in the same order: a text's windows."""
     loss_factor: float = 1.0
     """What a batch's mean loss is multiplied by for its gradient."""
 
@@ -245,7 +247,7 @@ def _dataset_views(config: Config, dataset: Dataset[Any]) -> Views:
         samples=int(split.sample_ids.max()) + 1,
         each=1 if augmentation is None else augmentation.views,
         description="the images themselves" if augmentation is None else str(augmentation),
-        fingerprint=lambda: _hash(
+        fingerprint=lambda: hash_of(
             itertools.chain(split.chunks(_HASHED_AT_ONCE), [split.sample_ids]), f"{dataset.mean} {dataset.std}"
         ),
     )
@@ -257,11 +259,12 @@ def _own_views(samples: Samples) -> Views | None:
         return None
     x, y = _tensors(samples)
     return Views(
-        samples=len(y), each=1, description="the samples themselves", fingerprint=lambda: _hash([x], "as they are")
+        samples=len(y), each=1, description="the samples themselves", fingerprint=lambda: hash_of([x], "as they are")
     )
 
 
-def _hash(tensors: Iterable[Tensor], text: str) -> str:
+def hash_of(tensors: Iterable[Tensor], text: str) -> str:
+    """Of their types, shapes and bytes, and a text."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())

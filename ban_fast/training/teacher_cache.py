@@ -21,7 +21,7 @@ _MOST_AHEAD = 16
 """Batches: the last of the teacher's own, which is filled up, costs at most one forward pass in so many."""
 _BYTES_AHEAD = 2**26
 _ROWS_AT_A_TIME = 65_536
-_UNKNOWN = -1
+UNKNOWN = -1
 
 
 class CachedTeacher(Frozen):
@@ -55,7 +55,7 @@ class CachedTeacher(Frozen):
         self._rows = rows
         self._views, self._batch_size, self._device = views, batch_size, device
         self._only_confidence, self._is_own = only_confidence, is_own
-        self._slots = torch.full((samples * views,), _UNKNOWN, dtype=torch.int32, device=device)
+        self._slots = torch.full((samples * views,), UNKNOWN, dtype=torch.int32, device=device)
         self._copy: MemoryRows | None = None
         self._forwards_before = 0  # whose rows were lost since
         table = rows.table
@@ -87,7 +87,7 @@ class CachedTeacher(Frozen):
         """Compute what is not known of them. On a GPU this waits for it, once in all these batches."""
         assert all(len(batch.images) == self._batch_size for batch in batches)
         keys = [self._keys(batch) for batch in batches]
-        missing = [self._slots[key] == _UNKNOWN for key in keys]
+        missing = [self._slots[key] == UNKNOWN for key in keys]
         wanted = torch.cat([key[absent] for key, absent in zip(keys, missing, strict=True)])
         if not len(wanted):
             return
@@ -172,7 +172,9 @@ class CachedTeacher(Frozen):
         return batch.sample_ids * self._views + batch.views
 
     def _compute(self, keys: Tensor, images: Tensor) -> None:  # [n], [batch_size, ...], n <= batch_size
-        logits = self.logits(images)[: len(keys)]
+        self._keep(keys, self.logits(images)[: len(keys)])
+
+    def _keep(self, keys: Tensor, logits: Tensor) -> None:  # [n], [n, C]
         confidence = _confidence(logits)
         values = confidence if self._only_confidence else logits
         kept = values.to(self._dtype)

@@ -27,6 +27,7 @@ from .step_choice import COMPILE
 from .task import Task, Views
 from .teacher import Frozen, LiveTeacher, Teacher, dtype_name
 from .teacher_cache import CachedTeacher
+from .text_cache import CachedTextTeacher
 
 FOLDER = "teacher-cache"
 """Where a run keeps its teachers' outputs, if nothing else is asked for."""
@@ -34,6 +35,8 @@ _FORMAT = 2
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WORTH = 0.25
 """Share of a teacher's forward passes that must be saved before "auto" fills a disk for it."""
+_OPERATIONS_A_BYTE = 400
+"""That a few cores do (1e11 a second) while an ordinary disk takes or gives one (2.5e8)."""
 _SHARE = 0.5
 """Share of the free disk or memory that a cache may take."""
 
@@ -51,17 +54,20 @@ class Fill:
     """Views of an image that come up at least once, in expectation: each time it is shown, one of them is drawn."""
     rows: int
     """The same of all images."""
+    is_fixed: bool
+    """Whether every epoch serves the same batches."""
 
     @classmethod
     def expected(cls, config: Config, task: Task) -> "Fill":
         """Of one generation. Needs `task.views`."""
         assert task.views is not None
-        images, steps_per_epoch = task.shape["train_images"], task.shape["steps_per_epoch"]
+        images = task.views.samples if task.is_fixed else task.shape["train_images"]
+        steps_per_epoch = task.shape["steps_per_epoch"]
         steps, views = total_steps(config, steps_per_epoch), task.views.each
         live = steps * task.rows_per_step
         seen = views * (1 - (1 - 1 / views) ** (live / images))
         rows = min(round(images * seen), live)
-        return cls(epochs=steps / steps_per_epoch, views=views, live=live, seen=seen, rows=rows)
+        return cls(epochs=steps / steps_per_epoch, views=views, live=live, seen=seen, rows=rows, is_fixed=task.is_fixed)
 
     def saved(self, left: int | None = None) -> float:
         """Share of the live teacher's forward passes that a cache saves; `left` rows are not in it yet, None: all."""
@@ -71,7 +77,8 @@ class Fill:
         """ "200 epochs show 115 of 162 views of an image, 50% of these are kept already: 82% fewer forward passes"."""
         of = f"{self.seen:.3g} of {self.views} views" if self.views > 1 else "one view"
         there = "" if left is None else f", {max(1 - left / self.rows, 0):.0%} of these are kept already"
-        what = f"{self.epochs:.4g} epochs show {of} of an image{there}"
+        shown = "the same windows" if self.is_fixed else f"{of} of an image"
+        what = f"{self.epochs:.4g} epochs show {shown}{there}"
         return f"{what}: {self.saved(left):.0%} fewer forward passes than live"
 
 
@@ -162,7 +169,22 @@ def _reason_for_live(
         fill = Fill.expected(config, task)
         if fill.saved() < _WORTH:
             return fill.sentence(), same_bits
+        if task.is_fixed and (reason := _costs_more(config, task)):
+            return reason, same_bits
     return None, same_bits
+
+
+def _costs_more(config: Config, task: Task) -> str | None:
+    """Why reading a language model's rows would take as long as computing them, if so."""
+    if task.device.type == "cuda":
+        return _too_large(config, task, None, False, None, task.device)
+    row_bytes, parameters = (
+        _row_bytes(task.shape["classes"], _DTYPES[config.teacher.cache_dtype]),
+        task.shape["parameters"],
+    )
+    if 2 * parameters >= _OPERATIONS_A_BYTE * row_bytes:
+        return None
+    return f"a network of {parameters:,} parameters computes its outputs as fast as {_size(row_bytes)} a token are read"
 
 
 def remove_own(config: Config, home: Path) -> None:
@@ -195,19 +217,20 @@ def _cached(
     rows, only_confidence = _rows(frozen, config, task, _only_confidence(config, objectives), home, owner)
     row_bytes = _row_bytes(rows.table.shape[1], rows.table.dtype)
     on_device = task.device.type == "cuda" and fill.rows * row_bytes <= _SHARE * torch.cuda.mem_get_info(task.device)[0]
-    teacher = CachedTeacher(
-        frozen.network,
-        frozen.reader,
-        rows=rows,
-        samples=views.samples,
-        views=views.each,
-        batch_size=task.rows_per_step,
-        device=task.device,
-        only_confidence=only_confidence,
-        with_confidence=by_confidence and not only_confidence,
-        on_device=on_device,
-        is_own=config.teacher.cache_directory is None,
-    )
+    options: dict[str, Any] = {
+        "rows": rows,
+        "samples": views.samples,
+        "views": views.each,
+        "batch_size": task.rows_per_step,
+        "device": task.device,
+        "only_confidence": only_confidence,
+        "with_confidence": by_confidence and not only_confidence,
+        "on_device": on_device,
+        "is_own": config.teacher.cache_directory is None,
+    }
+    if task.is_fixed:
+        options["windows"] = lambda: loader.epoch(0)
+    teacher = (CachedTextTeacher if task.is_fixed else CachedTeacher)(frozen.network, frozen.reader, **options)
     left = _left(rows.keys, loader, config, views, fill) if isinstance(rows, FileRows) and rows.count else None
     what = "confidences" if only_confidence else "logits"
     place = str(rows.path.parent) if isinstance(rows, FileRows) else "memory"
@@ -294,6 +317,10 @@ def _probe(frozen: Frozen, config: Config, task: Task) -> tuple[torch.dtype, boo
     """The dtype of a network's logits, and whether an image's stay the same to the bit in another place in a batch."""
     with isolated(task.device), autocast(config, task.device):
         images = next(task.train(0).epoch(0)).images
+        if task.is_fixed:  # a window is always met in its own place
+            dtype = frozen.logits(images).dtype
+            frozen.reader.begin()
+            return dtype, True
         turned = torch.empty_like(images).copy_(images.flip(0))
         logits, turned_logits = frozen.logits(images), frozen.logits(turned)
     return logits.dtype, torch.equal(logits.flip(0), turned_logits)

@@ -12,7 +12,7 @@ from ..errors import OptionError, UserError
 from .reader import Carried
 from .seeds import isolated
 from .step_choice import COMPILE
-from .task import ModelFactory, Task, first_line, placed, structure, trainable_parameters
+from .task import ModelFactory, Task, Views, first_line, hash_of, placed, structure, trainable_parameters
 from .text_evaluator import TextEvaluator
 
 EVALUATION_WINDOW = 512
@@ -32,7 +32,7 @@ def text_task(config: Config, device: torch.device, model: ModelFactory | None) 
         name: TextLoader(text, batch_size=1, length=EVALUATION_WINDOW, training=False, device=device)
         for name, text in (("test", corpus.test), (TextEvaluator.validation, corpus.valid))
     }
-    words = len(corpus.vocabulary)
+    words, rows_per_step = len(corpus.vocabulary), config.batch_size * config.text.window
     letters = _letters(config.model, corpus) if model is None else None
     factory = model or language_model(config.model, words, letters)
     with isolated(device, seed=0):
@@ -59,9 +59,15 @@ def text_task(config: Config, device: torch.device, model: ModelFactory | None) 
         },
         structure=structure(network),
         has_batch_norm=False,
-        views=None,
+        views=Views(
+            samples=train.steps_per_epoch * rows_per_step,
+            each=1,
+            description=f"windows of {config.text.window} of {config.batch_size} streams",
+            fingerprint=lambda: hash_of([corpus.train], "tokens"),
+        ),
         unit="tokens",
-        rows_per_step=config.batch_size * config.text.window,
+        rows_per_step=rows_per_step,
+        is_fixed=True,
         loss_factor=float(config.text.window) if config.text.over_time == "sum" else 1.0,
     )
 

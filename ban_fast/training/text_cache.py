@@ -1,0 +1,52 @@
+"""A language model that teaches from its kept outputs: its logits at every place of the text, computed once."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from ..data import Batch
+from .teacher import Taught
+from .teacher_cache import UNKNOWN, CachedTeacher
+
+
+class CachedTextTeacher(CachedTeacher):
+    """A frozen language model along a text whose windows are the same in every epoch, and its rows by their place.
+
+    A row depends on all that came before in the text: until every window has been read, the network follows them in
+    order, its state carried. A session that begins in the midst of a text follows it from its start: no state of the
+    network is kept, and the rows are those of a session that was never stopped, to the bit.
+    """
+
+    def __init__(self, *arguments: Any, windows: Callable[[], Iterator[Batch]], **options: Any) -> None:
+        """`windows` serves those of an epoch; the other arguments are a `CachedTeacher`'s."""
+        super().__init__(*arguments, **options)
+        self._windows = windows
+        self._at: int | None = None  # the window that the network's state stands before
+
+    def ahead(self, batch: Batch) -> int:
+        """One window at a time."""
+        return 1
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Another student's batches may be among them: those that are asked for tell where the text has come to."""
+
+    def __call__(self, batch: Batch) -> Taught:
+        """Its rows, where they lie; those of a window that no epoch has shown yet are computed first."""
+        if self._rows.count < len(self._slots):
+            self._follow(batch)
+        return super().__call__(batch)
+
+    def _follow(self, batch: Batch) -> None:
+        number = int(batch.sample_ids[0]) // len(batch.sample_ids)
+        if number != self._at:
+            self.reader.begin()
+            for before in islice(self._windows(), number):
+                self._read(before)
+        self._read(batch)
+        self._at = number + 1
+
+    def _read(self, batch: Batch) -> None:
+        keys = self._keys(batch)
+        logits = self.logits(batch.images)
+        if self._slots[keys[0]] == UNKNOWN:  # a window's rows are kept together or not at all
+            self._keep(keys, logits)

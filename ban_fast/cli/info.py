@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..backends import dispatch, table
-from ..data import beton, cifar
+from ..data import beton, cifar, ptb
 
 _DISTRIBUTIONS = ("torch", "torchvision", "numpy", "triton")
 _OPTIONAL = ("timm",)
@@ -111,7 +111,7 @@ def _auto(device: str) -> str:
 def _datasets(root: Path, data_dir: str | None) -> dict[str, str]:
     found = {"digits": "bundled"}
     where = "" if data_dir is None else f" --data-dir {shlex.quote(data_dir)}"
-    for name, published in cifar.CIFAR.items():
-        place = cifar.locate(published, root)
+    places = {name: cifar.locate(published, root) for name, published in cifar.CIFAR.items()}
+    for name, place in (places | {"ptb": ptb.locate(root)}).items():
         found[name] = f"not there; `ban-fast prepare {name}{where}` downloads it" if place is None else str(place)
     return found

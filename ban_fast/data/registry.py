@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, UserError, suggest
-from . import beton, cifar, digits, download, folder, splits
+from . import beton, cifar, digits, download, folder, ptb, splits
 from .beton import Beton
 from .dataset import AnySplit, Dataset, Part, Source, Split, StoredSplit
 
@@ -122,7 +122,7 @@ def prepare(name: str, directory: str | Path | None = None, *, progress: downloa
     """Download, verify and unpack a dataset; what is there already is read through and kept. Returns where it is.
 
     Args:
-        name: "cifar10" or "cifar100". The digits come with the package: nothing to do, and their file is returned.
+        name: "cifar10", "cifar100" or "ptb". The digits come with the package: their file is returned.
         directory: the dataset's own directory or its parent; None: as for `load`.
         progress: called with the bytes that have come and the bytes that will (None: the server doesn't say).
 
@@ -131,14 +131,16 @@ def prepare(name: str, directory: str | Path | None = None, *, progress: downloa
     """
     if name in cifar.CIFAR:
         return download.fetch(cifar.CIFAR[name], _root(directory), progress)
+    if name == "ptb":
+        return ptb.prepare_ptb(directory, progress)
     if name == "digits":
         return digits.FILE
     if _folder(name, _root(directory)) is not None:
         raise UserError(
             f"{name} is a folder of images, which needs no preparation but FFCV's (--format ffcv); "
-            f"only {', '.join(cifar.CIFAR)} do"
+            f"only {', '.join(cifar.CIFAR)} and ptb do"
         )
-    raise UserError(f"unknown dataset {name!r}{suggest(name, names())}")
+    raise _unknown(name)
 
 
 def prepare_ffcv(
@@ -213,7 +215,7 @@ def _source(name: str, directory: str | Path | None, image_size: int | None) -> 
             raise UserError(
                 f"no directory {name}; name a folder laid out as {folder.LAYOUT}, or {' or '.join(names())}"
             )
-        raise UserError(f"unknown dataset {name!r}{suggest(name, names())}")
+        raise _unknown(name)
     if not folder.is_folder(path):
         for published in cifar.CIFAR.values():
             if cifar.locate(published, path) is not None:
@@ -223,6 +225,10 @@ def _source(name: str, directory: str | Path | None, image_size: int | None) -> 
     source = folder.read(path, _FOLDER_IMAGE_SIZE if image_size is None else image_size)
     own_place = directory is None or path.resolve().is_relative_to(root.resolve())
     return source, (path if own_place else root) / path.resolve().name
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(f"unknown dataset {name!r}{suggest(name, [*names(), 'ptb'])}")
 
 
 def _cifar(name: str, root: Path) -> tuple[Source, Path]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ban_fast import data
-from ban_fast.data import cifar, download
+from ban_fast.data import cifar, download, ptb
 from ban_fast.data.cifar import CIFAR, Published
 from ban_fast.errors import UserError
 
@@ -273,3 +273,55 @@ def test_the_published_sources() -> None:
     assert CIFAR["cifar10"].md5 == "c58f30108f718f92721af3b95e74349a"
     assert CIFAR["cifar100"].url == "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
     assert CIFAR["cifar100"].md5 == "eb9058c3a382ffc7106e4002c42a8d85"
+
+
+# Penn Treebank: three files, one by one
+
+
+PTB = {"train": b"a b c\n", "valid": b"a b\n", "test": b"b c\n"}
+
+
+@pytest.fixture
+def ptb_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Serves what stands for the published files, by the split in the path."""
+    monkeypatch.setattr(ptb, "URL", f"http://127.0.0.1:{server.server_port}/{{}}")
+    sums = {split: hashlib.md5(content, usedforsecurity=False).hexdigest() for split, content in PTB.items()}
+    monkeypatch.setattr(ptb, "SUMS", sums)
+    monkeypatch.setattr(Handler, "do_GET", _serve_split)
+    return server
+
+
+def _serve_split(handler: Handler) -> None:
+    handler.server.requests += 1
+    content = handler.server.archive or PTB[handler.path.strip("/")]
+    handler.send_response(handler.server.status)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def test_penn_treebank_arrives_whole_and_is_kept(ptb_server: Server, tmp_path: Path) -> None:
+    place = data.prepare("ptb", tmp_path / "new")
+    assert place == tmp_path / "new" / "ptb"
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == {
+        f"ptb.{split}.txt": content for split, content in PTB.items()
+    }
+    assert data.load_corpus("ptb", directory=tmp_path / "new").vocabulary == ("<eos>", "a", "b", "c", "<unk>")
+    assert ptb_server.requests == 3
+    assert data.prepare("ptb", place) == place
+    assert ptb_server.requests == 3
+
+
+def test_another_penn_treebank_leaves_nothing(ptb_server: Server, tmp_path: Path) -> None:
+    ptb_server.archive = b"a b d\n"
+    with pytest.raises(UserError, match=r"what came from http.*/train has md5 [0-9a-f]{32}, not the published"):
+        data.prepare("ptb", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    ptb_server.archive = b""
+    place = data.prepare("ptb", tmp_path / "new")
+    (place / "ptb.test.txt").write_bytes(b"other\n")
+    with pytest.raises(UserError, match=r"ptb\.test\.txt has md5"):
+        data.prepare("ptb", tmp_path / "new")
+    (place / "ptb.test.txt").unlink()
+    with pytest.raises(UserError, match=r"lacks ptb\.test\.txt; complete it"):
+        data.prepare("ptb", tmp_path / "new")

@@ -102,7 +102,7 @@ class CachedTeacher(Frozen):
 
     def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:
         """Whether the row of one of them is not known. On a GPU this waits for it."""
-        return bool((self._slots[sample_ids * self._views + views] == _UNKNOWN).any())
+        return bool((self._slots[sample_ids * self._views + views] == UNKNOWN).any())
 
     def addresses(self) -> Sequence[int] | None:
         """Where tables lie that grow; None where a batch's rows have to be copied to the device."""

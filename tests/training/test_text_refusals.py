@@ -34,7 +34,7 @@ def changed(section: str, field: str, value: Any) -> Callable[[Config], None]:
         (changed("data", "augmentation", "crop"), "data.augmentation", "is for images"),
         (changed("", "channels_last", True), "channels_last", "is for images"),
         (changed("", "micro_batch_size", 2), "micro_batch_size", "a smaller --batch-size has fewer streams"),
-        (changed("", "compile", True), "compile", "does not take recurrent networks"),
+        (changed("", "compile", True), "step", "does not take recurrent networks"),
         (changed("", "batch_size", 99), "batch_size", r"99 streams of 5 .* wider than the text, .*; use \d+ at most"),
         (changed("text", "window", 9999), "batch_size", "windows shorter than 9999"),
         (changed("text", "level", "letter"), "text.level", "unknown value 'letter'"),

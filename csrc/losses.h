@@ -48,7 +48,8 @@ struct KDOptions {
   Reduction reduction;
 };
 
-// Where a loss writes. loss, kd and label are acc: one value each, or [rows] for Reduction::none.
+// Where a loss writes. loss, kd and label are acc: one value each, or [rows] for Reduction::none; kd and label are null
+// where nobody asks for the terms, and a label term without weight is not computed then.
 struct LossResult {
   void* loss;
   void* kd;

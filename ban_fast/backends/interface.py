@@ -43,7 +43,10 @@ class LossOutput(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions every backend offers. No argument is changed, and none syncs the host with a GPU."""
+    """The functions every backend offers. No argument is changed, and none syncs the host with a GPU.
+
+    Without `need_terms` an output's `kd` and `label` may be of shape [0]: allocating them is a tenth of a small loss.
+    """
 
     def kd(
         self,
@@ -60,6 +63,7 @@ class Backend(Protocol):
         ignore_index: int,
         reduction: Reduction,
         need_grad: bool,
+        need_terms: bool = True,
     ) -> LossOutput:
         """kd_weight * T^2 * KL(p_T || q_T) + label_weight * CE(q, labels)."""
         ...
@@ -76,6 +80,7 @@ class Backend(Protocol):
         weight_by: WeightBy,
         ignore_index: int,
         need_grad: bool,
+        need_terms: bool = True,
     ) -> LossOutput:
         """sum_s w_s CE_s with w_s = c_s / sum_u c_u over the rows kept; `label` repeats the loss, detached."""
         ...
@@ -98,6 +103,7 @@ class Backend(Protocol):
         ignore_index: int,
         reduction: Reduction,
         need_grad: bool,
+        need_terms: bool = True,
     ) -> LossOutput:
         """`kd` against the teacher's row with every output but its argmax permuted."""
         ...

@@ -22,7 +22,8 @@ except ImportError as error:
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _REDUCTION = {"mean": 0, "sum": 1, "none": 2}
 _NO_MATRIX = (0, 0, 0, 0, 0)
-_SCALAR = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+_SCALAR_32, _SCALAR_64 = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64))
+_NO_TERM = torch.empty(0, device="cpu")  # its address is null
 _POOLED_FROM = 1 << 20
 """Bytes. Of less, fresh memory costs under a tenth of the kernel's time, and malloc keeps most of it."""
 
@@ -41,10 +42,11 @@ def kd(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.kd`."""
     labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
-    output = _allocate(student, reduction, need_grad)
+    output = _allocate(student, reduction, need_grad, need_terms)
     offence = _native.kd(
         _matrix(student),
         _matrix(teacher),
@@ -75,10 +77,11 @@ def dkpp(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.dkpp`."""
     labels, teacher_rows, sample_ids = _contiguous(labels), _contiguous(teacher_rows), _contiguous(sample_ids)
-    output = _allocate(student, reduction, need_grad)
+    output = _allocate(student, reduction, need_grad, need_terms)
     offence = _native.dkpp(
         _matrix(student),
         _matrix(teacher),
@@ -104,12 +107,13 @@ def cwtm(
     weight_by: WeightBy,
     ignore_index: int,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.cwtm`."""
     labels, teacher_rows = labels.contiguous(), _contiguous(teacher_rows)
     source = teacher if confidence is None else confidence.unsqueeze(1)
     assert source is not None, "cwtm needs the teacher's logits or its confidence"
-    output = _allocate(student, "sum", need_grad)
+    output = _allocate(student, "sum", need_grad, need_terms)
     offence = _native.cwtm(
         _matrix(student),
         _matrix(source) if confidence is None else _NO_MATRIX,
@@ -198,18 +202,21 @@ def empty_pool() -> None:
     _native.empty_pool()
 
 
-def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
-    """Outputs without values. empty_like takes 0.6 us, new_empty 1 to 2.5: much, beside a small batch's 6 us."""
-    scalar = _SCALAR[_acc(student)]
+def _allocate(student: Tensor, reduction: Reduction, need_grad: bool, need_terms: bool) -> LossOutput:
+    """Outputs without values. empty_like takes 0.7 us, new_empty 1 to 2.5: much, beside a small batch's 11 us."""
+    dtype = student.dtype
+    scalar = _SCALAR_64 if dtype == torch.float64 else _SCALAR_32
     loss = torch.empty_like(scalar) if reduction != "none" else student.new_empty(student.shape[:1], dtype=scalar.dtype)
     grad = grad_scale = None
     if need_grad:
         if student.nbytes < _POOLED_FROM:
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
         else:
-            grad = _pooled(student.shape, student.dtype)
-        if student.dtype == torch.float16:
+            grad = _pooled(student.shape, dtype)
+        if dtype == torch.float16:
             grad_scale = torch.empty_like(scalar)
+    if not need_terms:
+        return LossOutput(loss, _NO_TERM, _NO_TERM, grad, grad_scale)
     return LossOutput(loss, torch.empty_like(loss), torch.empty_like(loss), grad, grad_scale)
 
 

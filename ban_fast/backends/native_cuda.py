@@ -66,6 +66,7 @@ def kd(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.kd`. One launch; one more, before it, counts the rows kept of more than 4096 labels."""
     output = _allocate(student, reduction, need_grad)
@@ -102,6 +103,7 @@ def dkpp(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.dkpp`. Launches as `kd`."""
     output = _allocate(student, reduction, need_grad)
@@ -133,6 +135,7 @@ def cwtm(
     weight_by: WeightBy,
     ignore_index: int,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.cwtm`. One launch with `confidence`, from the teacher's logits two; one more, before the
     loss's, adds up the confidences of more than 4096 rows."""

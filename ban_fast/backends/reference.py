@@ -29,6 +29,7 @@ def kd(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.kd`."""
     rows = _rows(student.shape, teacher.shape[0], labels, teacher_rows, ignore_index, student.device)
@@ -55,6 +56,7 @@ def dkpp(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.dkpp`."""
     rows = _rows(student.shape, teacher.shape[0], labels, teacher_rows, ignore_index, student.device)
@@ -75,6 +77,7 @@ def cwtm(
     weight_by: WeightBy,
     ignore_index: int,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.cwtm`."""
     source = confidence if confidence is not None else teacher

@@ -36,14 +36,16 @@ def evaluate(
         loss, kd, label = _evaluate_traced(name, student, inputs, need_grad, backend, options)
     else:
         chosen = dispatch.resolve(backend, name, student)
-        output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, **options)
+        output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, need_terms=return_terms, **options)
         kd, label = output.kd, output.label
         loss = (
             _Stored.apply(student_logits, output, (chosen, backend, student_logits.shape)) if need_grad else output.loss
         )
     if student_logits.dim() != 2:
-        loss, kd, label = (_shaped(value, student_logits) for value in (loss, kd, label))
-    return (loss, {"kd": kd, "label": label}) if return_terms else loss
+        loss = _shaped(loss, student_logits)
+    if not return_terms:
+        return loss
+    return loss, {"kd": _shaped(kd, student_logits), "label": _shaped(label, student_logits)}
 
 
 def flat(logits: Tensor) -> Tensor:

@@ -112,9 +112,11 @@ Offence kd(const Matrix& student, const Matrix& teacher, const Selection& select
   const double storage = storage_scale(result, student.dtype, std::abs(kd_scale) + std::abs(label_scale));
 
   const std::size_t rows = std::size_t(selection.rows);
-  std::vector<double> values(selection.labels == nullptr ? rows : 2 * rows);
+  const bool need_terms = result.kd != nullptr;
+  const bool with_label = selection.labels != nullptr && (need_terms || options.label_weight != 0.0);
+  std::vector<double> values(with_label ? 2 * rows : rows);
   double* const kd_values = values.data();
-  double* const label_values = selection.labels == nullptr ? nullptr : kd_values + rows;
+  double* const label_values = with_label ? kd_values + rows : nullptr;
   const KDJob job{student,
                   teacher,
                   selection,
@@ -133,6 +135,7 @@ Offence kd(const Matrix& student, const Matrix& teacher, const Selection& select
   const auto write = [&](std::int64_t i, double kd_value, double label_value) {
     put(result.loss, acc_is_double, i,
         weighted(options.kd_weight, kd_value) + weighted(options.label_weight, label_value));
+    if (!need_terms) return;
     put(result.kd, acc_is_double, i, kd_value);
     put(result.label, acc_is_double, i, label_value);
   };
@@ -207,6 +210,7 @@ Offence cwtm(const Matrix& student, const Matrix* teacher, const Matrix* confide
   for (std::size_t row = 0; row < rows; ++row) loss += weighted(weights[row], values[row]);
   const bool acc_is_double = is_double(student.dtype);
   put(result.loss, acc_is_double, 0, loss);
+  if (result.kd == nullptr) return {};
   put(result.kd, acc_is_double, 0, 0.0);
   put(result.label, acc_is_double, 0, loss);
   return {};

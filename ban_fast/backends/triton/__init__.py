@@ -60,6 +60,7 @@ def kd(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.kd`."""
     objective = Objective(temperature, kd_weight, label_weight, divergence, scale_t2, ignore_index, reduction)
@@ -83,6 +84,7 @@ def dkpp(
     ignore_index: int,
     reduction: Reduction,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.dkpp`."""
     objective = Objective(temperature, kd_weight, label_weight, divergence, scale_t2, ignore_index, reduction)
@@ -102,6 +104,7 @@ def cwtm(
     weight_by: WeightBy,
     ignore_index: int,
     need_grad: bool,
+    need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.cwtm`."""
     return weighted_cross_entropy(

@@ -29,7 +29,8 @@ def evaluate(
     **options: Any,
 ) -> Result:
     """The loss that operator and backend function `name` compute, with its gradient behind it."""
-    student = flat(student_logits)
+    has_rows = student_logits.dim() == 2
+    student = student_logits if has_rows else flat(student_logits)
     need_grad = student_logits.requires_grad and torch.is_grad_enabled()
     if is_traced(student_logits):
         dispatch.check_name(backend)
@@ -37,11 +38,10 @@ def evaluate(
     else:
         chosen = dispatch.resolve(backend, name, student)
         output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, need_terms=return_terms, **options)
-        kd, label = output.kd, output.label
-        loss = (
-            _Stored.apply(student_logits, output, (chosen, backend, student_logits.shape)) if need_grad else output.loss
-        )
-    if student_logits.dim() != 2:
+        loss, kd, label, _, _ = output
+        if need_grad:
+            loss = _Stored.apply(student_logits, output, chosen, backend)
+    if not has_rows:
         loss = _shaped(loss, student_logits)
     if not return_terms:
         return loss
@@ -72,12 +72,12 @@ class _Stored(torch.autograd.Function):
     """d loss / d student as forward left it, given away by backward after one scaling in place."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, output: LossOutput, origin: tuple[Backend, str, torch.Size]) -> Tensor:
-        ctx.stored = output.grad, output.grad_scale, *origin
+    def forward(ctx: Any, student: Tensor, output: LossOutput, backend: Backend, name: str) -> Tensor:
+        ctx.stored = output.grad, output.grad_scale, backend, name, student.shape
         return output.loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_create_graph()
         if ctx.stored is None:
             raise RuntimeError(
@@ -92,7 +92,7 @@ class _Stored(torch.autograd.Function):
         else:
             scaled = backend.scale_grad_(grad, grad_outputs[0], grad_scale)
         # A view of what has the shape already would cost a small loss 1.3 of its 40 us.
-        return scaled if len(shape) == 2 else scaled.view(shape), None, None
+        return scaled if len(shape) == 2 else scaled.view(shape), None, None, None
 
 
 def refuse_create_graph() -> None:

@@ -78,7 +78,8 @@ def check_teacher(student: Tensor, teacher: Tensor, teacher_rows: Tensor | None)
         )
     elif teacher.shape[0] == 0 and student.numel():
         raise ValueError(f"teacher_logits: shape {list(teacher.shape)} has no rows for teacher_rows to select")
-    check_teacher_rows(teacher_rows, student)
+    else:
+        check_teacher_rows(teacher_rows, student)
 
 
 def _rows_hint(student: Tensor, teacher: Tensor) -> str:

@@ -20,7 +20,7 @@ struct KDRow {
 struct KDSums {
   double s, a;      // of e^x, x = (t - t_r) / T, and of e^x (e^d - 1)
   double h;         // of -x e^x, where the entropy is wanted
-  double largest_d;  // a NaN may hide from it, but not from a
+  double largest_d;  // or kLeaping where all are smaller; a NaN may hide from it, but not from a
 };
 
 // Fills the row's exp, excess and difference. kCareful: elements where both logits are -inf count nothing, and leaping
@@ -71,7 +71,9 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
     a.end_block();
     if constexpr (kEntropy) h.end_block();
   });
-  return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, double(largest_lane(largest_d))};
+  const Vec<T> leaping{T(kLeaping)};
+  const double largest = any(leaping < largest_d) ? double(largest_lane(largest_d)) : kLeaping;
+  return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, largest};
 }
 
 // KL by the difference form, and the gradient, unless To is NoGradient. A gradient that is streamed to where no vector

@@ -323,7 +323,10 @@ template <class I>
 BAN_FAST_HD I smallest_of(Vec<I> mask, Vec<I> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(I) == 4) {
-    return _mm512_mask_reduce_min_epi32(_mm512_movepi32_mask((__m512i)mask.part[0]), (__m512i)x.part[0]);
+    const __mmask16 set = _mm512_movepi32_mask((__m512i)mask.part[0]);
+    const bool is_only = (set & (set - 1)) == 0;  // nearly always, and four dependent steps less
+    return is_only ? _mm_cvtsi128_si32(_mm512_castsi512_si128(_mm512_maskz_compress_epi32(set, (__m512i)x.part[0])))
+                   : _mm512_mask_reduce_min_epi32(set, (__m512i)x.part[0]);
   } else {
     return _mm512_mask_reduce_min_epi64(_mm512_movepi64_mask((__m512i)mask.part[0]), (__m512i)x.part[0]);
   }

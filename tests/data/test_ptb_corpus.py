@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ban_fast.data import Corpus, load_corpus, ptb
+from ban_fast.data import Corpus, is_text, load_corpus, ptb
 from ban_fast.errors import UserError
 from ban_fast.models import CnnLSTM
 
@@ -132,6 +132,23 @@ def test_what_is_wrong_with_a_folder_is_one_line(folder: Path, change: dict[str,
     with pytest.raises(UserError, match=message) as caught:
         load_corpus(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_text_is_known_by(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files, one of them at least; a folder that has images in `train` is none, whatever lies beside them."""
+    monkeypatch.setenv("BAN_FAST_DATA", str(folder.parent))
+    assert is_text("ptb")
+    assert is_text(folder)
+    assert is_text(folder.name)
+    assert is_text(folder.name, folder.parent)
+    assert not is_text("digits")
+    assert not is_text(folder.name, tmp_path / "none")
+    (folder / "train").mkdir()
+    assert not is_text(folder)
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    (folder / "train").rmdir()
+    assert not is_text(folder)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

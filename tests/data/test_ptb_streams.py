@@ -1,11 +1,12 @@
 """Windows of parallel streams: which token goes where, and that none is lost or predicted twice."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
-from ban_fast.data import StreamLoader, load_corpus
+from ban_fast.data import IGNORED, StreamLoader, TextLoader, load_corpus
 from ban_fast.errors import OptionError
 
 TEXT = torch.arange(1000)
@@ -85,3 +86,31 @@ def test_steps_of_the_papers_recipes() -> None:
     assert StreamLoader(corpus.train, batch_size=20).steps_per_epoch == 1327
     test = StreamLoader(corpus.test, batch_size=20, training=False)
     assert test.targets_per_epoch == 82_429
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_windows_as_the_training_loop_takes_batches(training: bool) -> None:
+    """A row for each target; where it stands in the text is its sample id, once an epoch, whatever the epoch."""
+    options: dict[str, Any] = {"batch_size": 3, "length": 7, "training": training}
+    loader, windows = TextLoader(TEXT, **options), list(StreamLoader(TEXT, **options).epoch())
+    batches = list(loader.epoch(4))
+    assert loader.steps_per_epoch == len(batches) == len(windows)
+    for batch, window in zip(batches, windows, strict=True):
+        assert torch.equal(batch.images, window.tokens)
+        assert torch.equal(batch.labels, window.targets.flatten())
+        place, stream = batch.sample_ids // 3, batch.sample_ids % 3
+        kept = batch.labels != IGNORED
+        own = (place - window.first) * 3 + stream  # its row in the window
+        assert torch.equal(batch.images.flatten()[own][kept] + 1, batch.labels[kept])
+        assert not batch.views.any()
+    ids = torch.cat([batch.sample_ids for batch in batches])
+    assert torch.equal(ids, torch.arange(len(ids)))
+    assert len(loader) == sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    again = list(loader.epoch(0, start=5))
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(again, batches[5:], strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+    assert loader.sample_shape == (7,)
+    assert loader.num_classes_hint == 1000

@@ -43,3 +43,25 @@ def test_the_cifar_recipes_name_their_data() -> None:
     assert recipes.get("cifar100").data.name == "cifar100"
     assert recipes.get("demo").data.name == "digits"
     assert recipes.get("demo").generations == 3
+
+
+def test_the_papers_language_models() -> None:
+    """Sections 4.2 and 5.3; rates and norms on the scale of losses summed over time, averaged over streams."""
+    lstm, cnn = recipes.get("ptb-lstm"), recipes.get("ptb-cnn-lstm")
+    assert (lstm.model.name, lstm.batch_size, cnn.model.name, cnn.batch_size) == ("lstm-1500", 32, "cnn-lstm", 20)
+    for config, (lr, decay, threshold, norm) in ((lstm, (1.0, 0.25, 0.0, 0.2 * 35)), (cnn, (2.0, 0.5, 0.5, 5.0))):
+        optimizer = config.optimizer
+        assert (optimizer.lr, optimizer.lr_decay, optimizer.plateau_threshold) == (lr, decay, threshold)
+        assert optimizer.clip_norm == pytest.approx(norm)
+        assert (optimizer.schedule, optimizer.momentum, optimizer.weight_decay) == ("plateau", 0.0, 0.0)
+        assert (config.data.name, config.text.level, config.text.window, config.text.over_time) == (
+            "ptb",
+            "word",
+            35,
+            "sum",
+        )
+        assert (config.objective.name, config.objective.temperature, config.epochs) == ("ban+l", 1.0, 40)
+        assert config.model.options == {}, "the networks' own defaults are the paper's"
+    small = recipes.get("ptb-small")
+    assert small.optimizer == lstm.optimizer
+    assert small.epochs < lstm.epochs

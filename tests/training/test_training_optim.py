@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ban_fast.config import OptimizerConfig
-from ban_fast.training.optim import learning_rate, make_optimizer
+from ban_fast.training.optim import Plateau, clip, learning_rate, make_optimizer
 
 
 def rates(total: int, **settings: object) -> list[float]:
@@ -125,3 +125,45 @@ def test_a_skipped_first_step_leaves_no_trace() -> None:
         twin(x).square().mean().backward()
         reference.step()
     assert torch.equal(layer.weight, twin.weight)
+
+
+def factors(figures: list[float], **settings: object) -> list[float]:
+    plateau = Plateau(OptimizerConfig(schedule="plateau", lr_decay=0.5, **settings))  # type: ignore[arg-type]
+    made = []
+    for figure in figures:
+        plateau.observe(figure)
+        again = Plateau(OptimizerConfig(schedule="plateau", lr_decay=0.5, **settings))  # type: ignore[arg-type]
+        again.restore(plateau.state())
+        plateau = again
+        made.append(plateau.factor)
+    return made
+
+
+def test_a_plateau_is_an_epoch_without_a_better_figure() -> None:
+    """Better than the best, not than the one before; with a threshold, better by as much, and every little counts."""
+    assert factors([9, 8, 8, 7, 7.5, 7.2, 6.9]) == [1, 1, 0.5, 0.5, 0.25, 0.125, 0.125]
+    assert factors([9, 8.5, 8.1, 7.6, 7.0], plateau_threshold=0.5) == [1, 1, 0.5, 0.5, 0.5]
+    assert Plateau(OptimizerConfig(schedule="cosine")).factor == 1
+    cosine = Plateau(OptimizerConfig(schedule="cosine"))
+    cosine.observe(1.0)
+    cosine.observe(2.0)
+    assert cosine.factor == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_gradients_are_clipped_all_together(scale: float) -> None:
+    """As if the loss had never been scaled; a smaller gradient stays as it is."""
+    weights = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    optimizer = make_optimizer(OptimizerConfig(lr=1.0, momentum=0.0, nesterov=False), weights)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    for norm, expected in ((10.0, 2.0), (1.0, 1.0)):
+        for weight in weights:
+            weight.grad = None
+        loss = norm * (weights[0][0] * 0.6 + weights[1][1] * 0.8)
+        scaler.scale(loss).backward()
+        clip(OptimizerConfig(clip_norm=2.0), optimizer, scaler)
+        gradient = torch.cat([weight.grad for weight in weights if weight.grad is not None])
+        torch.testing.assert_close(gradient, expected * torch.tensor([0.6, 0, 0, 0, 0.8]), rtol=1e-5, atol=0)
+        scaler.step(optimizer)
+        scaler.update()
+    clip(OptimizerConfig(), optimizer, scaler)

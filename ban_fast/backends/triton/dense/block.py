@@ -5,7 +5,7 @@ that for cuDNN's 3x3 convolution; its place among the features, with moments; an
 the scale and shift by which the next 1x1 convolution reads. In backward, beside cuDNN's, nine: the gradient of what
 the unit grew, corrected once; relu(norm) again; the sums of the second norm, in two, and the gradient before it; that
 of the weight, in two; that of the features with the sums of the first norm, and what settles them. A weight whose rows
-16 bytes do not divide is packed in two more, each way.
+8 bytes do not divide is packed in two more, each way.
 """
 
 from collections.abc import Sequence
@@ -136,7 +136,10 @@ class _Backward:
         index, hidden, statistics = 2 * unit + 1, self.saved.hidden[unit], self.saved.hidden_statistics[unit]
         norm, weight, wanted = self.norms[index], self.convs[index], self.need.convs[index]
         a = passes.activate(rows(hidden), norm, statistics).view(hidden.shape)
-        grad, self.conv_grads[index] = convolve_backward(self._made(self.shape.grown_by(unit)), a, weight, wanted)
+        grad, weight_grad = convolve_backward(self._made(self.shape.grown_by(unit)), a, weight, wanted)
+        if weight_grad is not None and weight_grad.stride() != weight.stride():
+            weight_grad = torch.empty_like(weight).copy_(weight_grad)  # laid out as compiled graphs are told
+        self.conv_grads[index] = weight_grad
         terms = torch.empty_like(statistics)
         self._settle(index, passes.deposit(rows(grad), rows(hidden), norm, statistics), statistics, terms, add=False)
         taken = sum_over_ranks(terms, self.group)

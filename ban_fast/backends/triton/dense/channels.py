@@ -52,7 +52,7 @@ def relu(z):
 
 def by(norm: Norm, statistics: Tensor) -> dict[str, Any]:  # [2, C]
     """A norm as kernels take it: gamma, beta, mean, var and eps. `statistics` are the batch's."""
-    mean, var = (statistics[0], statistics[1]) if norm.mean is None else (norm.mean, norm.var)
+    mean, var = statistics.unbind() if norm.mean is None else (norm.mean, norm.var)
     assert var is not None
     vectors = {"gamma": norm.weight, "beta": norm.bias, "mean": mean, "var": var}
     return {name: vector.contiguous() for name, vector in vectors.items()} | {"eps": norm.eps}

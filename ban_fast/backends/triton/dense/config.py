@@ -57,14 +57,14 @@ def precision(x: Tensor) -> str:
 
 _FEW_ROWS = 16_384
 """64 images of 16x16 pixels: up to these, tiles of 128 rows would leave multiprocessors idle."""
-_FLOAT = {IEEE: Tile(32, 32, 32, 4, 2), TF32: Tile(64, 64, 32, 4, 3)}
-"""Every product of fp32: in IEEE arithmetic without tensor cores."""
+_FLOAT = {IEEE: Tile(64, 32, 16, 4, 2), TF32: Tile(64, 64, 32, 4, 3)}
+"""Products of fp32: in IEEE arithmetic without tensor cores, whose sums and operands fill a thread's registers sooner."""
 
 
 def project_tile(rows: int, channels: int, dtype: torch.dtype, how: str) -> Tile:
     """Of [rows, channels] summed over what is read: a unit's 1x1 convolution, or the exit's."""
     if dtype == torch.float32:
-        return _FLOAT[how]
+        return _float_tile(rows, how)
     if rows <= _FEW_ROWS:
         return Tile(64, 64, 32, 4, 3)
     return Tile(128, 64, 32, 4, 3) if channels <= 64 else Tile(128, 128, 32, 8, 3)
@@ -73,8 +73,12 @@ def project_tile(rows: int, channels: int, dtype: torch.dtype, how: str) -> Tile
 def unproject_tile(rows: int, dtype: torch.dtype, how: str) -> Tile:
     """Of [rows, channels] summed over what was made of them; x and the gradient buffer need registers at its end."""
     if dtype == torch.float32:
-        return _FLOAT[how]
+        return _float_tile(rows, how)
     return Tile(64, 64, 32, 4, 3) if rows <= _FEW_ROWS else Tile(128, 64, 32, 8, 3)
+
+
+def _float_tile(rows: int, how: str) -> Tile:
+    return Tile(128, 64, 16, 8, 2) if how == IEEE and rows > _FEW_ROWS else _FLOAT[how]
 
 
 def weight_tile(dtype: torch.dtype, how: str) -> Tile:

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton_dense_cases as cases
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from triton_dense_cases import Widths
 
+import ban_fast.ops.dense_block  # noqa: F401 (it registers the operators)
 from ban_fast.backends import dense_block
 from ban_fast.backends.dense_interface import Need
 from ban_fast.backends.dense_shape import Norm
@@ -202,3 +205,20 @@ def test_tiles_cover_all_that_is_split() -> None:
         assert each % tile.depth == 0
         assert (parts - 1) * each < pixels <= parts * each
         assert parts * tiles <= max(tiles, 2 * processors)
+
+
+@pytest.mark.parametrize("exit_width", [0, 10])
+def test_the_layout_is_what_compiled_graphs_are_told(exit_width: int, device: torch.device) -> None:
+    """The operators' fakes give the strides that the kernels' results have."""
+    given = cases.block(Widths(growth=5, exit=exit_width)).to(device, torch.float32)
+    need = cases.everything(given)
+    found = cases.answer(dense, given, need)
+    columns = [list(column) for column in zip(*given.norms, strict=True)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y, *saved = torch.ops.ban_fast.dense_block(given.x, given.convs, *columns, group="", keep=True)
+        gradients = torch.ops.ban_fast.dense_block_backward(given.grad, *saved, given.convs, *columns, *need, group="")
+    real = [found.y, *found.saved, found.gradients.x, *found.gradients.convs, *found.gradients.norms]
+    for a, b in zip(tree_leaves(real), tree_leaves([y, *saved, *gradients]), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        wide = [i for i, size in enumerate(a.shape) if size > 1]
+        assert [a.stride(i) for i in wide] == [b.stride(i) for i in wide], a.shape

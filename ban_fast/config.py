@@ -21,6 +21,7 @@ LOADERS = ("memory", "torch", "ffcv")
 TEACHERS = ("live", "cache", "auto")
 STEPS = ("auto", "eager", "compile", "graph")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
+CACHE_FILLS = ("lazy", "ahead")
 LEVELS = ("word", "character")
 OVER_TIME = ("sum", "mean")
 _COLDEST, _HOTTEST = 1e-18, 1e18
@@ -119,6 +120,9 @@ class TeacherConfig:
     cache_directory: str | None = None
     """Where caches lie, each in a folder of its own, for other runs to read too. None: in the run's own directory,
     until the students of that teacher are trained."""
+    cache_fill: str = "lazy"
+    """When its rows are computed: "lazy" (a view when it is first shown) or "ahead" (all that a generation's epochs
+    will show, before its first step; on a GPU in large batches where those give the same bits)."""
 
 
 @dataclass(kw_only=True)
@@ -238,6 +242,7 @@ class Config:
         _choice("objective.name", self.objective.name, OBJECTIVES)
         _choice("teacher.mode", self.teacher.mode, TEACHERS)
         _choice("teacher.cache_dtype", self.teacher.cache_dtype, CACHE_DTYPES)
+        _choice("teacher.cache_fill", self.teacher.cache_fill, CACHE_FILLS)
         _choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
         _choice("device", self.device, DEVICES)
         _choice("amp", self.amp, AMP_MODES)
@@ -300,6 +305,8 @@ class Config:
             raise OptionError("teacher.cache_directory", "a live teacher has no cache; leave it out")
         if self.teacher.mode == "live" and self.teacher.cache_dtype != "fp32":
             raise OptionError("teacher.cache_dtype", "a live teacher has no cache; leave it out")
+        if self.teacher.mode == "live" and self.teacher.cache_fill != "lazy":
+            raise OptionError("teacher.cache_fill", "a live teacher has no cache; leave it out")
         if not self.students:
             _check_objective(self.objective)
             return
@@ -321,6 +328,10 @@ class Config:
     def steps(self) -> str:
         """How steps are to be made, by `step` or by `compile`."""
         return "compile" if self.compile else self.step
+
+    def as_computed(self) -> "Config":
+        """The same, with one word for all ways to make steps that give the same bits."""
+        return dataclasses.replace(self, step="compile" if self.steps == "compile" else "eager", compile=False)
 
     def of_student(self, name: str) -> "Config":
         """The configuration of one of `students` as a run of its own, with the settings that its objective has."""

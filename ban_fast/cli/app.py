@@ -12,6 +12,7 @@ from .. import __version__
 from ..config import (
     AMP_MODES,
     CACHE_DTYPES,
+    CACHE_FILLS,
     DEVICES,
     LEVELS,
     LOADERS,
@@ -252,6 +253,15 @@ def train(
             "--cache-dir",
             "DIR",
             "Keep outputs there, for other runs too. Default: in the run, until its student is trained.",
+            _NETWORKS,
+        ),
+    ] = None,
+    cache_fill: Annotated[
+        str | None,
+        _flag(
+            "--cache-fill",
+            "|".join(CACHE_FILLS),
+            "Compute outputs when a view is first shown, or all before training. Default: lazy; the same bits.",
             _NETWORKS,
         ),
     ] = None,

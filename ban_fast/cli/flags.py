@@ -26,6 +26,7 @@ FIELDS = {
     "teacher": "teacher.mode",
     "cache_dtype": "teacher.cache_dtype",
     "cache_dir": "teacher.cache_directory",
+    "cache_fill": "teacher.cache_fill",
     "kd_weight": "objective.kd_weight",
     "label_weight": "objective.label_weight",
     "generations": "generations",
@@ -114,20 +115,15 @@ def resumed(values: Values, directory: Path) -> Request:
         if values["recipe"] is not None:
             asked.config.recipe = _recipe(values["recipe"]).recipe
             asked.given.add("recipe")
-    for path, old, new in _differences(_one_way(stored), _one_way(asked.config)):
+    for path, old, new in _differences(stored.as_computed(), asked.config.as_computed()):
         # Where things lie, and who reads them, is no part of what a run is.
-        if path in ("data.directory", "data.loader", "teacher.cache_directory"):
+        if path in ("data.directory", "data.loader", "teacher.cache_directory", "teacher.cache_fill"):
             continue
         raise UserError(
             f"{asked.name_of(path)} is {_show(new)}, but {_show(old)} in the run to resume, {directory}; "
             "leave it out, or start another run in another --out"
         )
     return Request(asked.config, file, asked.given)
-
-
-def _one_way(config: Config) -> Config:
-    """The same configuration, with one way to say how steps are made."""
-    return dataclasses.replace(config, step=config.steps, compile=False)
 
 
 def _recipe(name: str) -> Config:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..data import Loader
+from ..data import KeyedLoader, Loader
 from ..errors import OptionError, UserError
 from .adoption import adopt_teacher
+from .cache_fill import fill_ahead
 from .compiled import check_compiler
 from .environment import device_name, differences, environment
 from .jobs import make_task, network_factory
-from .learner import objective_name, total_steps
+from .learner import Learner, objective_name, total_steps
 from .lineage import Lineage
 from .loop import Loop
 from .objectives import needs_teacher
@@ -27,6 +28,7 @@ from .seeds import derived_seed, generation_seed, isolated
 from .step_choice import COMPILE, check_step
 from .task import CUSTOM, ModelFactory, Samples, Task, build, training_device, with_own
 from .teacher import Teacher, fingerprint
+from .teacher_cache import CachedTeacher
 from .teacher_choice import FOLDER, check_cache, choose_teacher, remove_own
 
 
@@ -143,6 +145,8 @@ def _grow_generation(
         names = ", ".join(learner.objective_name for learner in learners)
         first = min(learners, key=lambda learner: learner.step)
         observer.generation_started(number, names, first.total_steps, first.step)
+        if config.teacher.cache_fill == "ahead":
+            _fill(number, loader, learners, config, observer, should_stop)
         Loop(learners, observer, should_stop).run()
         for teacher in teachers.values():
             teacher.dismiss()
@@ -150,6 +154,25 @@ def _grow_generation(
             remove_own(config, home / FOLDER)
         for lineage, learner in zip(lineages, learners, strict=True):
             lineage.conclude(learner)
+
+
+def _fill(
+    number: int,
+    loader: Loader,
+    learners: Sequence[Learner],
+    config: Config,
+    observer: Observer,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Let the teachers that keep what they say compute all of it now."""
+    first = min(learner.epoch for learner in learners)
+    epochs = range(first, -(-learners[0].total_steps // loader.steps_per_epoch))
+    steps = {epoch: learners[0].batches(epoch) for epoch in epochs}
+    for teacher in {id(learner.teacher): learner.teacher for learner in learners}.values():
+        if isinstance(teacher, CachedTeacher):
+            assert isinstance(loader, KeyedLoader)
+            rows = fill_ahead(teacher, loader, config, steps, should_stop)
+            observer.message(f"generation {number}: {rows} rows of its teacher's cache were computed ahead")
 
 
 def _teachers(

@@ -53,7 +53,8 @@ class CachedTeacher(Frozen):
         """
         super().__init__(network, reader)
         self._rows = rows
-        self._views, self._batch_size, self._device = views, batch_size, device
+        self.device = device
+        self._views, self._batch_size = views, batch_size
         self._only_confidence, self._is_own = only_confidence, is_own
         self._slots = torch.full((samples * views,), UNKNOWN, dtype=torch.int32, device=device)
         self._copy: MemoryRows | None = None
@@ -71,6 +72,16 @@ class CachedTeacher(Frozen):
                 raise
 
     @property
+    def known(self) -> int:
+        """Rows that there are."""
+        return self._rows.count
+
+    @property
+    def all(self) -> int:
+        """Views of all samples: rows that there could be."""
+        return len(self._slots)
+
+    @property
     def forward_images(self) -> int:
         """Images that went through the network for the students of this run."""
         return self._forwards_before + self._rows.forwards
@@ -86,8 +97,8 @@ class CachedTeacher(Frozen):
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Compute what is not known of them. On a GPU this waits for it, once in all these batches."""
         assert all(len(batch.images) == self._batch_size for batch in batches)
-        keys = [self._keys(batch) for batch in batches]
-        missing = [self._slots[key] == UNKNOWN for key in keys]
+        keys = [self.keys(batch.sample_ids, batch.views) for batch in batches]
+        missing = [self.unknown(key) for key in keys]
         wanted = torch.cat([key[absent] for key, absent in zip(keys, missing, strict=True)])
         if not len(wanted):
             return
@@ -98,16 +109,24 @@ class CachedTeacher(Frozen):
             shown = torch.empty_like(batches[0].images)
             shown[: len(images[part])] = images[part]
             shown[len(images[part]) :] = images[-1]
-            self._compute(wanted[part], shown)
+            self.compute(wanted[part], shown)
 
     def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:
         """Whether the row of one of them is not known. On a GPU this waits for it."""
-        return bool((self._slots[sample_ids * self._views + views] == UNKNOWN).any())
+        return bool(self.unknown(self.keys(sample_ids, views)).any())
+
+    def keys(self, sample_ids: Tensor, views: Tensor) -> Tensor:  # [n], [n] -> [n]
+        """What rows are known by: all views of all samples, counted."""
+        return sample_ids * self._views + views
+
+    def unknown(self, keys: Tensor) -> Tensor:  # [n] -> bool [n]
+        """Which of these have no row yet."""
+        return self._slots[keys] == UNKNOWN
 
     def addresses(self) -> Sequence[int] | None:
         """Where tables lie that grow; None where a batch's rows have to be copied to the device."""
         table = self._table()
-        if table.device.type != self._device.type:
+        if table.device.type != self.device.type:
             return None
         return table.data_ptr(), 0 if self._confidence is None else self._confidence.room.data_ptr()
 
@@ -118,12 +137,12 @@ class CachedTeacher(Frozen):
 
     def __call__(self, batch: Batch) -> Taught:
         """Its rows, where they lie."""
-        slots = self._slots[self._keys(batch)].long()
+        slots = self._slots[self.keys(batch.sample_ids, batch.views)].long()
         table = self._table()
         confidence = None if self._confidence is None else self._confidence.room[:, 0]
         rows: Tensor | None = slots
-        if table.device.type != self._device.type:
-            table, rows = table[slots.cpu()].to(self._device, non_blocking=True), None
+        if table.device.type != self.device.type:
+            table, rows = table[slots.cpu()].to(self.device, non_blocking=True), None
             confidence = None if confidence is None else confidence[slots]
         return Taught(None, rows, table[:, 0]) if self._only_confidence else Taught(table, rows, confidence)
 
@@ -162,19 +181,17 @@ class CachedTeacher(Frozen):
                 f"{rows.path} has rows of views that these data have not: delete the directory to compute it again, "
                 "or choose another --cache-dir"
             )
-        self._place(rows.keys.to(self._device), 0)
+        self._place(rows.keys.to(self.device), 0)
         table, exact = rows.table, rows.confidences if with_confidence else None
         for start in range(0, rows.count, _ROWS_AT_A_TIME):
             part = slice(start, start + _ROWS_AT_A_TIME)
             self._keep_beside(table[part], _confidence(table[part]) if exact is None else exact[part])
 
-    def _keys(self, batch: Batch) -> Tensor:
-        return batch.sample_ids * self._views + batch.views
+    def compute(self, keys: Tensor, images: Tensor) -> None:  # [n], [m, ...], n <= m
+        """The rows of the first n images, which have none yet; the others fill a batch up."""
+        self._keep(keys, self.logits(images)[: len(keys)], len(images))
 
-    def _compute(self, keys: Tensor, images: Tensor) -> None:  # [n], [batch_size, ...], n <= batch_size
-        self._keep(keys, self.logits(images)[: len(keys)])
-
-    def _keep(self, keys: Tensor, logits: Tensor) -> None:  # [n], [n, C]
+    def _keep(self, keys: Tensor, logits: Tensor, shown: int) -> None:  # [n], [n, C]
         confidence = _confidence(logits)
         values = confidence if self._only_confidence else logits
         kept = values.to(self._dtype)
@@ -184,7 +201,7 @@ class CachedTeacher(Frozen):
                 "use --cache-dtype bf16 or fp32 and another --out"
             )
         first = self._rows.count
-        self._rows.append(kept, self._batch_size, keys, confidence)
+        self._rows.append(kept, shown, keys, confidence)
         self._place(keys, first)
         self._keep_beside(kept, confidence)
 
@@ -195,7 +212,7 @@ class CachedTeacher(Frozen):
             self._confidence.append(confidence, 0)
 
     def _place(self, keys: Tensor, first: int) -> None:
-        self._slots[keys] = torch.arange(first, first + len(keys), dtype=torch.int32, device=self._device)
+        self._slots[keys] = torch.arange(first, first + len(keys), dtype=torch.int32, device=self.device)
 
 
 def _confidence(logits: Tensor) -> Tensor:  # [n, C] -> [n, 1]

@@ -46,7 +46,7 @@ class CachedTextTeacher(CachedTeacher):
         self._at = number + 1
 
     def _read(self, batch: Batch) -> None:
-        keys = self._keys(batch)
+        keys = self.keys(batch.sample_ids, batch.views)
         logits = self.logits(batch.images)
         if self._slots[keys[0]] == UNKNOWN:  # a window's rows are kept together or not at all
-            self._keep(keys, logits)
+            self._keep(keys, logits, len(keys))

@@ -121,6 +121,10 @@ def _refuse_what_is_for_images(config: Config) -> None:
             "micro_batch_size",
             f"divides batches of images, and {name} is a text; a smaller --batch-size has fewer streams",
         )
+    if config.teacher.cache_fill != "lazy":
+        raise OptionError(
+            "teacher.cache_fill", f"is for images, and {name} is a text, all read in an epoch; leave it out"
+        )
     if config.steps == COMPILE:
         raise OptionError("step", "torch.compile does not take recurrent networks; use auto, and no --compile")
 

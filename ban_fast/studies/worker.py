@@ -79,14 +79,16 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         path = [*sys.path, *(entry for entry in job.path if entry not in sys.path)]
         self.name = job.name
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, job.directory, job.name, *path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd=job.place if os.path.isdir(job.place) else None,
-            start_new_session=True,
-        )
+        with open(Path(job.directory) / LOGS / f"{job.name}.txt", "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, job.directory, job.name, *path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                cwd=job.place if os.path.isdir(job.place) else None,
+                start_new_session=True,
+            )
 
     def ask_to_stop(self) -> None:
         """Let the run save itself and end."""
@@ -102,9 +104,9 @@ class Worker:
         said = _read(self._process.stdout)
         self.ask_to_stop()
         try:
-            values = json.loads(said)
+            values = json.loads(said.rpartition(b"\n")[2])
             return Outcome(**{**values, "notes": tuple(values["notes"])})
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
             return Outcome(kind="failed", text=how)
 
@@ -132,23 +134,15 @@ def _read(pipe: IO[bytes] | None) -> bytes:
 
 
 def main(directory: str, name: str) -> None:
-    """The process: perform the run, and write the outcome to what was standard output. All else goes to a log."""
+    """The process: perform the run, and write the outcome to what was standard output. All else goes to the log."""
     answer = os.dup(1)
-    _log_to(Path(directory) / LOGS / f"{name}.txt")
+    os.dup2(2, 1)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=_await_end, args=(stop,), daemon=True).start()
     outcome = _perform(Path(directory), name, stop)
-    os.write(answer, json.dumps(asdict(outcome)).encode())
-
-
-def _log_to(file: Path) -> None:
-    file.parent.mkdir(exist_ok=True)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.close(descriptor)
+    os.write(answer, b"\n" + json.dumps(asdict(outcome)).encode())  # libraries may have printed while imported
 
 
 def _await_end(stop: threading.Event) -> None:

@@ -1,5 +1,6 @@
 """Real processes of a local pool: the bits of separate runs, whatever is killed and whenever all is stopped."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from study_runs import Heard, footprints, kill_at_work, separately, small, when, workers
 
+from ban_fast.config import TeacherConfig
 from ban_fast.errors import UserError
 from ban_fast.studies import Study, run_study, summary
 from ban_fast.training import Interrupted
@@ -115,6 +117,19 @@ def test_one_that_always_fails_does_not_end_the_others(tmp_path: Path, monkeypat
     assert "missing" in failed[missing]
     assert sorted(heard.started) == sorted([(dies, 1), (dies, 2), (fine, 1), (missing, 1)])
     assert (tmp_path / "study" / fine / "generation-1" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_cache_that_one_run_holds_is_waited_for(tmp_path: Path) -> None:
+    """Two students of one teacher at once, who are to keep its outputs in one place: neither fails, both use them."""
+    kept = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "cache"))
+    study = Study.vary(small(teacher=kept), {"objective.name": ["ban", "cwtm"]})
+    assert run_study(study, tmp_path / "study", workers=2, cpus_per_run=1) == {}
+    forwards = []
+    for name in (BAN, CWTM):
+        results = json.loads((tmp_path / "study" / name / "results.json").read_text())
+        forwards.append(results["generations"][1]["teacher"]["forward_images"])
+    assert min(forwards) < max(forwards), "the second found rows of the first"
 
 
 def _made(path: Path) -> Path:

@@ -340,6 +340,10 @@ def sweep(
             _SWEEP,
         ),
     ] = None,
+    paper: Annotated[
+        int | None,
+        _flag("--paper", "1|2|3|6", "Instead, the runs of that table of the paper; weeks of a GPU.", _SWEEP, _whole),
+    ] = None,
     out: Annotated[
         str | None,
         _flag("--out", "DIR", "Directory of the study, each run in DIR/NAME. Default: runs/sweep-...", _SWEEP),

@@ -16,6 +16,8 @@ from .signals import Stopped
 
 _BASE = {"recipe": "recipe", "data.name": "data", "model.name": "model"}
 """Keys whose flag chooses more than its own field: recipes, sizes, options."""
+_OF_A_TABLE = ("vary", "recipe", "config", "data", "model", "objective", "generations")
+"""Flags that --paper leaves no room for."""
 _PLACES = ("data_dir", "loader", "cache_dir")
 """Flags that a study's continuation may change: nothing that is computed depends on them."""
 _MOST_SEEDS = 10_000
@@ -66,10 +68,10 @@ def _planned(session: Session, values: Mapping[str, Any]) -> Any:
     """The study that the flags of a new sweep ask for."""
     from .. import studies
 
+    if values["paper"] is not None:
+        return _of_the_paper(session, values)
     axes = _axes(values)
-    if values.get("students"):
-        raise UserError("--students: in a sweep write --vary objective=ban,ban+l,...; they share their teacher too")
-    train = {"students": None, "seed": None, **values}
+    train = {**_NOT_TAKEN, **values}
 
     def base(chosen: Mapping[str, Any]) -> Config:
         given = {flag: chosen[path] for path, flag in _BASE.items() if path in chosen}
@@ -78,6 +80,23 @@ def _planned(session: Session, values: Mapping[str, Any]) -> Any:
 
     seeds = axes.pop("seed", None) or [base({}).seed]
     return studies.Study.vary(base, axes, seeds)
+
+
+def _of_the_paper(session: Session, values: Mapping[str, Any]) -> Any:
+    """The study of a table, with the flags given put into each of its runs."""
+    from ..studies import grammar, paper
+
+    for name in _OF_A_TABLE:
+        if values[name] not in (None, [], ()):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: --paper says that for each run; leave one of them out")
+
+    def adjusted(config: Config) -> Config:
+        session.request = flags.overridden(flags.Request(config), {**_NOT_TAKEN, **values})
+        return session.request.config
+
+    seeds = [0] if values["seeds"] is None else grammar.parsed("seed", _ranges(values["seeds"]), "--seeds")
+    return paper.table(values["paper"], seeds, adjusted)
 
 
 def _continued(session: Session, values: Mapping[str, Any], out: Path) -> Any:

@@ -17,7 +17,7 @@ from .engines import ENGINES, Engine, LocalPool
 from .on_ray import RayEngine, is_asked_for
 from .resources import Resources, cores_here, gpus_here, local_slots, threads_asked
 from .study import STUDY, Study, StudyRun
-from .worker import LOGS, Outcome
+from .worker import Outcome
 
 _TICK = 0.25
 """Seconds between two questions whether to stop."""
@@ -80,7 +80,7 @@ def run_study(
         started = _engine(engine, directory, asked, study)
         stack.callback(started.close)
         if not resume:
-            make_directories(directory / LOGS)
+            make_directories(directory)
             stack.enter_context(_Hold(directory))
             _refuse_existing(directory)
             study.save(directory)

@@ -50,7 +50,7 @@ class Row:
     change: Spread | None
     """The first metric less the same seed's teacher's; None for the teacher."""
     published: float | None
-    """The error that the paper printed, for what has one in its tables."""
+    """The test error or perplexity that the paper printed, for what has one in its tables."""
 
 
 def summary(path: str | os.PathLike[str]) -> list[Row]:
@@ -109,11 +109,15 @@ def _group_rows(directory: Path, runs: list[StudyRun]) -> list[Row]:
 
 
 def _published(run: StudyRun) -> dict[str, float]:
-    """The paper's errors for a run's generations and ensembles, as the table calls them."""
-    found = paper.row(run.config.to_dict())
+    """The paper's figures for a run's generations and ensembles, as the table calls them."""
+    values, count, objective = run.config.to_dict(), run.config.generations + 1, run.config.objective.name
+    text = paper.text_row(values)
+    if text is not None:
+        printed = {describe.generation(number): text.generation(number, objective) for number in range(count)}
+        return {name: perplexity.test for name, perplexity in printed.items() if perplexity is not None}
+    found = paper.row(values)
     if found is None:
         return {}
-    count, objective = run.config.generations + 1, run.config.objective.name
     errors = {describe.generation(number): found.generation(number, objective) for number in range(count)}
     for last in range(2, count):
         members = tuple(range(1, last + 1))
@@ -151,7 +155,7 @@ def _rows(groups: list[tuple[str, list[Row]]]) -> Table:
         made.add_column(_HEADINGS.get(metric, metric), justify="right", no_wrap=True)
     has_published = any(row.published is not None for _, rows in groups for row in rows)
     if has_published:
-        made.add_column("paper\nerror %", justify="right", no_wrap=True)
+        made.add_column(f"paper\n{_HEADINGS.get(metrics[0], metrics[0])}", justify="right", no_wrap=True)
     for title, rows in groups:
         if title:
             made.add_section()

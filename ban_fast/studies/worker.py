@@ -79,7 +79,9 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         path = [*sys.path, *(entry for entry in job.path if entry not in sys.path)]
         self.name = job.name
-        with open(Path(job.directory) / LOGS / f"{job.name}.txt", "ab") as log:
+        logs = Path(job.directory) / LOGS
+        logs.mkdir(exist_ok=True)
+        with open(logs / f"{job.name}.txt", "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, job.directory, job.name, *path],
                 stdin=subprocess.PIPE,

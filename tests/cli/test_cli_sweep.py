@@ -41,6 +41,13 @@ from ban_fast.studies import Study
         (["--cpus-per-run", "0"], ["--cpus-per-run must be a number above 0, got 0.0"]),
         (["--retries", "-1"], ["--retries must be at least 0, got -1"]),
         (["--engine", "slurm"], ["--engine must be one of auto, local, ray, got 'slurm'"]),
+        (["--paper", "4"], ["the paper's table 4 can't be made of runs here"]),
+        (
+            ["--paper", "2", "--objective", "ban"],
+            ["--objective: --paper says that for each run; leave one of them out"],
+        ),
+        (["--paper", "2", "--vary", "lr=1,2"], ["--vary: --paper says that for each run"]),
+        (["--paper", "3", "--epochs", "0"], ["--epochs must be at least 1, got 0"]),
         (["--resume"], ["--resume needs --out DIR"]),
         (
             ["--resume", "--out", "nothing"],

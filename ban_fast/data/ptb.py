@@ -89,7 +89,13 @@ def _root(directory: str | Path | None) -> Path:
 
 
 def _folder(name: str | Path, root: Path) -> Path | None:
-    return next((path for path in (Path(name).expanduser(), root / name) if path.is_dir()), None)
+    """The directory that `name` means: a path, a name below the data directory, or that directory itself.
+
+    Of a path that is gone its last name counts: what a run recorded may have been moved.
+    """
+    path = Path(name).expanduser()
+    candidates = [path, root / path, root / path.name, *([root] if root.name == path.name else [])]
+    return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
 def _ptb(root: Path, level: Level) -> Corpus:

@@ -1,14 +1,15 @@
 """Which kind of task a configuration is: networks of images, or language models of a text."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import data
+from .. import data, models
 from ..config import Config, ModelConfig, TextConfig
 from ..errors import OptionError
-from .task import ModelFactory, Samples, Task, image_factory, image_task
+from .task import CUSTOM, ModelFactory, Samples, Task, image_factory, image_task
 from .text_task import language_model, text_task
 
 
@@ -25,12 +26,23 @@ def make_task(
 
     UserError where they don't fit each other, or where an option is for data of the other kind.
     """
-    if train is None and data.is_text(config.data.name, config.data.directory):
+    if train is None and _is_text(config):
         return text_task(config, device, model)
     for field in dataclasses.fields(TextConfig):
         if getattr(config.text, field.name) != field.default:
             raise OptionError(f"text.{field.name}", f"is for texts, and {config.data.name} is images; leave it out")
     return image_task(config, device, model=model, train=train, test=test, validation=validation)
+
+
+def _is_text(config: Config) -> bool:
+    """By what the data's folder holds; where there is none, by what the network reads, so that it is missed as such."""
+    name, directory = config.data.name, config.data.directory
+    if data.is_text(name, directory):
+        return True
+    is_there = name in data.names() or any(
+        (place / name).expanduser().is_dir() for place in (Path(), Path(directory or ""))
+    )
+    return not is_there and config.model.name != CUSTOM and models.reads(config.model.name) == "tokens"
 
 
 def network_factory(config: ModelConfig, shape: dict[str, Any]) -> ModelFactory:

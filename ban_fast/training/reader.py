@@ -18,7 +18,7 @@ class Reader(Protocol):
         ...
 
     def state(self) -> Any:
-        """What is remembered: tensors in tuples, or None."""
+        """What is remembered: tensors in tuples or dictionaries, or None."""
         ...
 
     def restore(self, state: Any) -> None:
@@ -78,7 +78,9 @@ class Carried:
 
 
 def _each(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`state` with every tensor in its tuples changed."""
+    """`state` with every tensor in its tuples and dictionaries changed."""
     if isinstance(state, (tuple, list)):
         return tuple(_each(part, change) for part in state)
+    if isinstance(state, dict):
+        return {name: _each(part, change) for name, part in state.items()}
     return change(state) if isinstance(state, Tensor) else state

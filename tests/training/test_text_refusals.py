@@ -12,7 +12,7 @@ from torch import nn
 
 from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig, TextConfig
 from ban_fast.errors import OptionError, UserError
-from ban_fast.training import run
+from ban_fast.training import evaluate_run, run
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,22 @@ def test_splits_that_are_none(tmp_path: Path, files: dict[str, bytes | None], sa
     with pytest.raises(UserError, match=said):
         run(text_config(folder), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_gone_is_missed_as_a_text(text: Path, tmp_path: Path) -> None:
+    """Not as one of images, where another folder may be named."""
+    folder = write_text(tmp_path / "corpus", lines=40)
+    run(text_config(folder, generations=0, epochs=1), out=tmp_path / "run")
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"no directory .*corpus; name 'ptb', or a folder with train\.txt, valid\.txt"):
+        evaluate_run(tmp_path / "run", device="cpu")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "elsewhere" / "corpus")
+    for place in ("elsewhere", "elsewhere/corpus"):
+        anew = evaluate_run(tmp_path / "run", data_dir=str(tmp_path / place), device="cpu")
+        assert anew["generations"][0]["test"]["perplexity"] > 1
+    with pytest.raises(UserError, match=r"no directory .*none; name 'ptb', or a folder with train\.txt, valid\.txt"):
+        run(text_config(tmp_path / "none"))
 
 
 def test_line_endings_change_nothing(text: Path, tmp_path: Path) -> None:

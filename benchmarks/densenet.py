@@ -26,6 +26,9 @@ from benchmarks.harness import quantiles
 
 NETWORKS = ("densenet-bc-100-12", "densenet-112-33", "densenet-90-60", "densenet-80-80")
 PROVIDERS = ("plain", "plain channels_last", "compile", "checkpoint", "shared", "torchvision memory_efficient")
+GRAPHED = ", graphed"
+ON_GPUS = ("compile max-autotune", *(provider + GRAPHED for provider in ("plain channels_last", "shared")))
+"""A GPU's beside these: what a training loop reaches that leaves no work to the host. No GPU has run them yet."""
 ROUNDS = 7
 # Off plain's gradient of all parameters, in the 2-norm: fp32 rounded through a hundred layers, or bf16's 8 bits.
 LIMITS = {False: 1e-3, True: 0.3}
@@ -57,6 +60,8 @@ class Step:
 
     def __init__(self, provider: str, case: Case, device: str) -> None:
         self.case, self.device = case, device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        graphed, provider = provider.endswith(GRAPHED), provider.removesuffix(GRAPHED)
         memory = provider if provider in ("checkpoint", "shared") else "plain"
         torch.manual_seed(0)
         self.network = models.create(case.network, memory=memory).to(device)
@@ -66,10 +71,13 @@ class Step:
             self.network.to(memory_format=torch.channels_last)
             self.images = self.images.to(memory_format=torch.channels_last)
         self.run: Callable[[Tensor], Tensor] = self.network
-        if provider == "compile":
-            self.run = torch.compile(self.network, dynamic=False)
+        if provider.startswith("compile"):
+            mode = provider.removeprefix("compile").strip() or None
+            self.run = torch.compile(self.network, dynamic=False, mode=mode)
         elif provider.startswith("torchvision"):
             self.run = torchvision_network(self.network)
+        if graphed:
+            self._capture()
 
     def forward(self) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.case.amp):
@@ -83,12 +91,30 @@ class Step:
 
     def lap(self) -> float:
         """Seconds of a step. Gradients are made anew in each, not added."""
-        self.network.zero_grad(set_to_none=True)
+        if self.graph is None:
+            self.network.zero_grad(set_to_none=True)
         self._wait()
         start = time.perf_counter()
-        self.forward().backward()
+        if self.graph is None:
+            self.forward().backward()
+        else:
+            self.graph.replay()
         self._wait()
         return time.perf_counter() - start
+
+    def _capture(self) -> None:
+        """One graph of a step, in whose memory every replay makes the gradients anew."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled, and algorithms chosen, before the capture
+            for _ in range(3):
+                self.lap()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.network.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.forward().backward()
+        self.graph = graph
 
     def _wait(self) -> None:
         if self.device == "cuda":
@@ -186,7 +212,7 @@ def measure(case: Case, device: str, rounds: int = ROUNDS, providers: tuple[str,
     """Everything about a case: times by turns in one process, then memory in a process each."""
     entries: dict[str, Entry] = _fresh("times", case, device, rounds, providers)
     for provider in providers:
-        entries[provider] |= _fresh("memory", case, device, rounds, (provider,))
+        entries[provider] |= _fresh("memory", case, device, rounds, (provider.removesuffix(GRAPHED),))
     return entries
 
 
@@ -230,7 +256,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--network", action="append", help=f"instead of this device's usual ones, of {NETWORKS}")
     parser.add_argument("--batch", type=int, default=32, help="with --network")
     parser.add_argument("--amp", action="store_true", help="with --network: bf16 autocast")
-    parser.add_argument("--provider", action="append", choices=PROVIDERS[1:], help="beside plain; default: all")
+    parser.add_argument(
+        "--provider", action="append", choices=(PROVIDERS + ON_GPUS)[1:], help="beside plain; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path, help="write machine, versions and every lap there")
     parser.add_argument("--answer", help=argparse.SUPPRESS)
@@ -240,7 +268,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = [Case(network, options.batch, options.amp) for network in options.network or ()] or cases(device)
-    providers = ("plain", *options.provider) if options.provider else PROVIDERS
+    every = PROVIDERS + ON_GPUS if device == "cuda" else PROVIDERS
+    providers = ("plain", *options.provider) if options.provider else every
+    if device == "cpu" and (absent := [provider for provider in providers if provider.endswith(GRAPHED)]):
+        parser.error(f"--provider {absent[0]!r} needs a CUDA device")
     record = machine.describe(device) | {"threads": torch.get_num_threads(), "records": []}
     for case in chosen:
         entries = measure(case, device, options.rounds, providers)

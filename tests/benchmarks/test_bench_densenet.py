@@ -62,3 +62,10 @@ def test_command_line(tmp_path):
     (record,) = json.loads(path.read_text())["records"]
     assert list(record["providers"]) == ["plain", "shared"]
     assert all(len(entry["laps_s"]) == 2 for entry in record["providers"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_graphs_need_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        densenet.main(["--network", SMALL.network, "--provider", "shared, graphed"])
+    assert "--provider 'shared, graphed' needs a CUDA device" in capsys.readouterr().err

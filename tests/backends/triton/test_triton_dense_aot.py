@@ -16,6 +16,7 @@ from torch import Tensor
 from ban_fast.backends.dense_shape import Norm
 from ban_fast.backends.triton import dense
 from ban_fast.backends.triton.dense import config, passes, products, statistics
+from benchmarks import dense_kernels
 
 MOST_SHARED = 101_376
 """Bytes of shared memory that a program can have on every GPU of compute capability 8.0 or more: 8.6, 8.9, 12.0."""
@@ -199,3 +200,33 @@ def test_a_block_s_widths_do_not_compile_kernels_anew(monkeypatch: pytest.Monkey
         "weight_kernel": 2,  # the gradient itself, or parts of it in fp32
         "sum_kernel": 1,
     }
+
+
+def test_the_benchmark_launches_every_kernel_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that says 1 ms: `benchmarks.dense_kernels`, and its trial of other tiles."""
+    unit = dense_kernels.Unit(4096, 168, 48, 12)
+    launched = []
+
+    def clock(call: Callable[[], object]) -> float:
+        before = len(kernels)
+        call()
+        launched.append([kernel.name for kernel in kernels[before:]])
+        return 1e-3 / len(launched)
+
+    with triton_aot.compiling(90, monkeypatch) as kernels:
+        work = dense_kernels.kernels(unit, BRAIN, "cpu")
+        table = dense_kernels.table(unit, work, lambda call: 1e3 * clock(call), 1e9)
+        assert {name for names in launched for name in names} == EVERY - {"average_kernel", "sum_kernel"}
+        tiles = [config.Tile(64, 32, 32, 4, 2), config.Tile(32, 64, 32, 4, 2)]
+        tried = dense_kernels.tuned(work["project"], "project_tile", clock, tiles)
+    assert table.splitlines()[0] == "4096 pixels, 168 -> 48 -> 12 channels"
+    assert "| project | 1000000.0 | 0 | 0.00 | 0.0 |" in table  # the first, after 1 s: 1.8 MB and 66 MFLOP
+    assert [tile for _, tile in tried] == tiles[::-1]
+    assert [kernel.options["CHANNELS"] for kernel in kernels[-2:]] == [32, 64]
+
+
+def test_the_benchmark_s_units_are_the_networks() -> None:
+    found = dense_kernels.units("densenet-80-80", 128)
+    assert [unit.pixels for unit in found] == [131_072, 32_768, 8_192]
+    assert {(unit.middle, unit.growth) for unit in found} == {(320, 80)}
+    assert found[0].channels == 160 + 80 * 6

@@ -33,6 +33,8 @@ JIT: dict[str, Any] = {
 """Of every kernel: arguments that it is not compiled anew for when they happen to be 1 or divisible by 16, or a block
 would compile a kernel for each of its widths. What matters of those kernels are told as *_ALIGN."""
 
+PASS_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+"""Of every launch but the products'. Multiplications may fuse with additions, as in torch's batch norm."""
 IEEE, TF32 = "ieee", "tf32"
 
 
@@ -45,8 +47,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, Any]:
+        """Of its launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def precision(x: Tensor) -> str:

@@ -206,7 +206,7 @@ def place(x: Tensor, out: Tensor, *, measured: bool) -> Partials | None:  # [R, 
         OUT_ALIGN=store_alignment(out),
         ROWS=rows,
         CHANNELS=across,
-        num_warps=4,
+        **config.PASS_OPTIONS,
     )
     return partials
 
@@ -228,7 +228,7 @@ def activate(x: Tensor, norm: Norm, statistics: Tensor) -> Tensor:  # [R, C], [2
         OUT_ALIGN=store_alignment(out),
         ROWS=rows,
         CHANNELS=across,
-        num_warps=4,
+        **config.PASS_OPTIONS,
     )
     return out
 
@@ -249,7 +249,7 @@ def average(x: Tensor, norm: Norm, statistics: Tensor, images: int) -> Tensor:  
         X_ALIGN=alignment(x),
         ROWS=rows,
         CHANNELS=across,
-        num_warps=4,
+        **config.PASS_OPTIONS,
     )
     return out
 
@@ -283,7 +283,7 @@ def deposit(
         INTO_ALIGN=1 if into is None else store_alignment(into),
         ROWS=rows,
         CHANNELS=across,
-        num_warps=4,
+        **config.PASS_OPTIONS,
     )
     return partials
 
@@ -320,5 +320,5 @@ def correct(
         OUT_ALIGN=store_alignment(out),
         ROWS=rows,
         CHANNELS=across,
-        num_warps=4,
+        **config.PASS_OPTIONS,
     )

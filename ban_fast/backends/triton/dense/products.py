@@ -290,7 +290,8 @@ def weight_gradient(
     )
     if splits > 1:
         size, block = result.numel(), 256
-        sum_kernel[(ceil_div(size, block),)](partials, result, size=size, num_splits=splits, BLOCK=block)
+        options = config.PASS_OPTIONS
+        sum_kernel[(ceil_div(size, block),)](partials, result, size=size, num_splits=splits, BLOCK=block, **options)
     return result
 
 

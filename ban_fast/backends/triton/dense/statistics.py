@@ -201,7 +201,7 @@ def _finish(partials: Partials | None, statistics: Tensor, norm: Norm | None) ->
         BATCH=norm is not None and norm.mean is None,
         CHANNELS=_CHANNELS,
         TILES=_TILES,
-        num_warps=4,
+        **config.PASS_OPTIONS,
     )
     return affine
 
@@ -223,6 +223,6 @@ def settle(partials: Partials, norm: Norm, statistics: Tensor, terms: Tensor, *,
         ADD=add,
         CHANNELS=_CHANNELS,
         TILES=_TILES,
-        num_warps=4,
+        **config.PASS_OPTIONS,
     )
     return norm_grad

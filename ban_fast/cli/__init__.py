@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .quiet import debugging, quiet_libraries
 from .signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Torch's threads wait for each other by spinning. Where other processes want the cores too, that made the demo 20
     # times slower (38 s for 1.9 s on two cores at load 7).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    with Signals() as signals, quiet_libraries():
+    with Signals() as signals:
         try:
             status = _run(argv, signals)
             sys.stdout.flush()
@@ -38,7 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None, signals: Signals) -> int:
-    from .app import Session, command  # the command-line library: with the signals' handlers in place
+    # With the signals' handlers in place: until then Ctrl-C ends in a traceback.
+    from .quiet import quiet_libraries
+
+    with quiet_libraries():
+        return _obey(argv, signals)
+
+
+def _obey(argv: Sequence[str] | None, signals: Signals) -> int:
+    from .app import Session, command
+    from .quiet import debugging
 
     session = Session(signals)
     try:

@@ -164,6 +164,8 @@ def prepare_ffcv(
     Raises:
         UserError: as `load` and `prepare`; nothing half-written stays behind.
     """
+    if ptb.is_text(name, directory):
+        raise UserError(f"{name} is a text, and FFCV's files are of images: leave out --format ffcv")
     if name in cifar.CIFAR:
         prepare(name, directory, progress=progress)
     source, stem = _source(name, directory, image_size)

@@ -68,6 +68,7 @@ def test_mistakes(call: Call, tmp_path: Path) -> None:
     where = ("--format", "ffcv", "--data-dir", str(tmp_path))
     call("prepare", "digits", *where, "--image-size", "9").mistake("--image-size", "digits has images of 8 pixels")
     call("prepare", "cifra10", *where).mistake("unknown dataset 'cifra10'; did you mean 'cifar10'?")
+    call("prepare", "ptb", *where).mistake("ptb is a text, and FFCV's files are of images: leave out --format ffcv")
 
 
 @pytest.mark.usefixtures("without_ffcv")

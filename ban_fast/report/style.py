@@ -46,13 +46,13 @@ def quiet(axes: Axes) -> None:
 
 
 def label(axes: Axes, x: float, y: float, color: str, *, is_above: bool) -> None:
-    """A value beside its point: on its upper right, or below it."""
+    """A value beside its point: on its upper or lower right."""
     axes.annotate(
         f"{y:.2f}",
         (x, y),
-        xytext=(6, 5) if is_above else (0, -8),
+        xytext=(6, 5 if is_above else -5),
         textcoords="offset points",
-        ha="left" if is_above else "center",
+        ha="left",
         va="bottom" if is_above else "top",
         size=9,
         color=color,

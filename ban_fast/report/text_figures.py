@@ -4,14 +4,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from . import describe, paper, style
 
 Record = Mapping[str, Any]
 _CROWDED = 11  # generations whose names and values would run into each other
+_LOGARITHMIC = 3
 
 
 def perplexity_by_generation(config: Record, results: Record) -> Figure:
@@ -38,9 +40,9 @@ def perplexity_by_generation(config: Record, results: Record) -> Figure:
     axes.set_xlim(-0.4, last + 0.5)
     if last < _CROWDED:
         for points, color in ((singles, style.BLUE), (joint, style.VERMILION), (valid, style.GREY)):
-            for number, perplexity in points.items():
-                rivals = [series[number] for series in (singles, joint, valid) if number in series]
-                style.label(axes, number, perplexity, color, is_above=perplexity >= max(rivals))
+            for number, perplexity in points.items():  # above, as lines go on downward, but for the lower of two
+                is_lower = points is not valid and number in joint and perplexity == min(singles[number], joint[number])
+                style.label(axes, number, perplexity, color, is_above=not is_lower)
         axes.set_xticks(range(last + 1), [describe.generation(n) for n in range(last + 1)])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -77,10 +79,6 @@ def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequen
         style.quiet(axes)
         axes.set_xlabel("epoch")
         axes.set_ylabel(name)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     colors = style.generation_colors(max(curves) + 1)
     longest = max(len(records) for records in curves.values())
@@ -90,8 +88,20 @@ def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequen
             look |= {"marker": "o", "markersize": 3.5}
         for axes, points in zip(panels, _points(records), strict=True):
             axes.plot([x for x, _ in points], [y for _, y in points], **look)
+    for axes in panels:
+        _scale(axes)
     style.legend(drawn, [panels[0]], min(len(curves), 10))
     return drawn
+
+
+def _scale(axes: Axes) -> None:
+    """Logarithmic where what is drawn spans more than a factor; less would have too few ticks."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.empty(0)])
+    if len(drawn) and drawn.max() > _LOGARITHMIC * drawn.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
 
 
 def _points(records: Sequence[Record]) -> tuple[list[tuple[int, float]], ...]:

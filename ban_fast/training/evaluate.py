@@ -31,6 +31,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """results.json of the run in `path`, every figure in it computed anew from the stored weights.
 
+    But for what it says of a language model's best epoch, whose weights are not kept unless it was the last.
+
     On the machine and with the threads of the run the figures are the same to the last bit. `members` chooses
     generations, 0 (the teacher) among them if wanted: then only their records are there, and their one ensemble by
     either average. `data_dir` is where the data lie, if not where the run had them. `model`, `train`, `test` and

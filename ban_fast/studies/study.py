@@ -212,7 +212,8 @@ def _names(each: Iterable[Mapping[str, Any]], first: str = "", taken: Iterable[s
     names = []
     for varied in each:
         parts = [f"{key}={written(value)}" for key, value in varied.items()]
-        base = re.sub(r"[^\w.+=,-]", "_", ",".join([first] * bool(first) + parts))[:_LONGEST_NAME].lstrip(".-") or "run"
+        plain = re.sub(r"[^\w.+=,-]", "_", ",".join([first] * bool(first) + parts), flags=re.ASCII)
+        base = plain[:_LONGEST_NAME].lstrip(".-") or "run"
         name, number = base, 2
         while name.lower() in used:
             name, number = f"{base}-{number}", number + 1

@@ -92,12 +92,16 @@ def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Th
     return thread
 
 
-def kill_at_work(directory: Path, name: str, generation: int) -> threading.Thread:
-    """SIGKILL for a run's process once it has a checkpoint of a generation."""
-    return when(
-        (directory / name / f"generation-{generation}" / "state.pt").exists,
-        lambda: os.kill(workers(directory)[name], signal.SIGKILL),
-    )
+def kill_at_work(directory: Path, name: str, *, its_starter: bool = False) -> threading.Thread:
+    """SIGKILL for a run's process, or who started it, once it has a checkpoint of generation 1."""
+
+    def kill() -> None:
+        process = workers(directory)[name]
+        if its_starter:
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(process, signal.SIGKILL)
+
+    return when((directory / name / "generation-1" / "state.pt").exists, kill)
 
 
 class Heard(StudyObserver):

@@ -94,7 +94,7 @@ def test_the_base_is_left_as_it_was() -> None:
 
 
 def test_names_are_folders_and_no_two_alike() -> None:
-    wild = ["torchvision:resnet18", "a b:c", "../../x", "TORCHVISION_resnet18", "m" * 400]
+    wild = ["torchvision:resnet18", "a b:c", "../../x", "TORCHVISION_resnet18", "m" * 400, "\u00e9"]
     study = Study.vary(Config(), {"model.name": wild})
     assert names(study) == [
         "model=torchvision_resnet18,seed=0",
@@ -102,6 +102,7 @@ def test_names_are_folders_and_no_two_alike() -> None:
         "model=x,seed=0",
         "model=TORCHVISION_resnet18,seed=0-2",
         "model=" + "m" * 114,
+        "model=_,seed=0",
     ]
 
 

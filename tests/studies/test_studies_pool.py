@@ -37,7 +37,7 @@ def test_a_worker_that_is_killed_goes_on_and_all_are_what_separate_runs_are(
 ) -> None:
     """Its student is killed at work; the teacher that both share is trained once."""
     out, heard = tmp_path / "study", Heard()
-    killer = kill_at_work(out, CWTM, 1)
+    killer = kill_at_work(out, CWTM)
     assert run_study(study, out, workers=2, cpus_per_run=1, observer=heard) == {}
     killer.join()
     assert footprints(study, out) == expected

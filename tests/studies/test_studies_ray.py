@@ -42,16 +42,20 @@ def _cluster() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_half_a_cpu_each_and_one_is_killed(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+def test_half_a_cpu_each_and_two_are_killed(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+    """One student's process, and of the other the process of Ray's that had started it."""
     out, heard = tmp_path / "study", Heard()
-    fated = study.runs[2].name
-    killer = kill_at_work(out, fated, 1)
+    teacher, first, second = (run.name for run in study.runs)
+    killers = [kill_at_work(out, first), kill_at_work(out, second, its_starter=True)]
     assert run_study(study, out, engine="ray", cpus_per_run=0.5, observer=heard) == {}
-    killer.join()
+    for killer in killers:
+        killer.join()
     assert footprints(study, out) == expected
-    assert heard.started[0] == (study.runs[0].name, 1)
-    assert sorted(heard.started[1:]) == sorted([(study.runs[1].name, 1), (fated, 1), (fated, 2)])
-    assert (fated, "failed", True) in heard.ended
+    assert heard.started[0] == (teacher, 1)
+    assert sorted(heard.started[1:]) == sorted([(first, 1), (first, 2), (second, 1), (second, 2)])
+    assert sorted(heard.ended[1:]) == sorted(
+        [(name, *how) for name in (first, second) for how in (("failed", True), ("done", False))]
+    )
 
 
 @pytest.mark.usefixtures("_cluster")

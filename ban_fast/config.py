@@ -181,6 +181,8 @@ class Config:
     """Images a step; of a text, streams side by side."""
     micro_batch_size: int | None = None
     """Images at a time through the network, whose gradients add up to the batch's. None: the whole batch."""
+    sync_statistics: bool = False
+    """Where several processes share a batch: batch norm takes its statistics from the whole of it, not from theirs."""
     max_steps: int | None = None
     """Stop each generation after this many optimizer steps. None: epochs alone decide."""
     seed: int = 0

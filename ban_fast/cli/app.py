@@ -284,6 +284,14 @@ def train(
             _whole,
         ),
     ] = None,
+    sync_statistics: Annotated[
+        bool | None,
+        _switch(
+            "--sync-statistics/--no-sync-statistics",
+            "Under torchrun: batch norm by the statistics of whole batches, not of each process's share.",
+            _TRAINING,
+        ),
+    ] = None,
     lr: Annotated[float | None, _flag("--lr", "F", "Peak learning rate.", _TRAINING, _real)] = None,
     weight_decay: Annotated[
         float | None, _flag("--weight-decay", "F", "L2 penalty on every parameter.", _TRAINING, _real)

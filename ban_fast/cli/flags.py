@@ -33,6 +33,7 @@ FIELDS = {
     "epochs": "epochs",
     "batch_size": "batch_size",
     "micro_batch_size": "micro_batch_size",
+    "sync_statistics": "sync_statistics",
     "lr": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
     "temperature": "objective.temperature",

@@ -1,11 +1,11 @@
 """A batch in parts that fit into memory, whose losses and gradients add up to the whole batch's."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..data import Batch
+from .distributed import ALONE, Ranks
 from .objectives import Terms
 from .teacher import Taught
 
@@ -16,34 +16,36 @@ class Part(NamedTuple):
     batch: Batch
     taught: Taught | None
     share: float
-    """Of the batch's samples. A mean over the part, times this, is its term in the mean over the batch."""
+    """Of the whole batch's samples. A mean over the part, times this, is its term in the mean over the batch."""
 
 
-def parts(batch: Batch, taught: Taught | None, size: int) -> Iterator[Part]:
+def parts(batch: Batch, taught: Taught | None, size: int, whole: int, ranks: int = 1) -> list[Part]:
     """At most `size` samples each, as even as can be: batch norm has no statistics of a single one left over.
 
-    CWTM's weights are normalised over the whole batch: each part knows the sum of all its confidences.
+    `batch` is one rank's of a batch of `whole` samples, which all have as many parts. CWTM's weights are normalised
+    over the whole batch: each part knows the sum of all its confidences.
     """
-    whole = len(batch.labels)
-    if size >= whole:
-        yield Part(batch, taught, 1.0)
-        return
-    count = -(-whole // size)
+    own, largest = len(batch.labels), -(-whole // ranks)
+    count = -(-largest // size)
+    if count == 1:
+        return [Part(batch, taught, own / whole)]
+    found = []
     for number in range(count):
-        part = slice(number * whole // count, (number + 1) * whole // count)
+        part = slice(number * own // count, (number + 1) * own // count)
         some = Batch(*(tensor[part] for tensor in batch))
-        yield Part(some, None if taught is None else _of(taught, part), len(some.labels) / whole)
+        found.append(Part(some, None if taught is None else _of(taught, part), len(some.labels) / whole))
+    return found
 
 
-def with_total(taught: Taught) -> Taught:
-    """With the sum of the teacher's largest outputs over the batch, which normalises CWTM's weights (eq. 10)."""
+def with_total(taught: Taught, ranks: Ranks = ALONE) -> Taught:
+    """With the sum of the teacher's largest outputs over all ranks' samples: CWTM's normaliser (eq. 10)."""
     if taught.confidence is not None:
         c = taught.confidence if taught.rows is None else taught.confidence[taught.rows]
     else:
         assert taught.logits is not None
         logits = taught.logits if taught.rows is None else taught.logits[taught.rows]
         c = logits.double().softmax(1).amax(1)
-    return taught._replace(total=c.double().sum())
+    return taught._replace(total=ranks.sum(c.double().sum()))
 
 
 def added(sum_so_far: Terms | None, terms: Terms, share: float) -> Terms:

@@ -26,7 +26,7 @@ def adopt_teacher(lineage: Lineage, path: Path) -> None:
 
     UserError where there is no finished one, where it is damaged, or would not be what `lineage` would train.
     """
-    store = RunStore(path)
+    store = RunStore(path, lineage.task.ranks)
     config = store.look()
     for field, theirs, ours in config_differences(teacher_settings(config), teacher_settings(lineage.config)):
         raise UserError(f"the teacher in {path} is another one: {field} is {theirs!r} there, and {ours!r} here")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ..data import Shard
 from ..errors import OptionError
@@ -61,6 +62,7 @@ class Ranks:
                 f"{self._local_size} processes were started on a machine with {count} GPU{'s' * (count > 1)}, and each "
                 f"needs its own: use --nproc-per-node {count}, or cpu",
             )
+        torch.cuda.set_device(self._local_rank)
         return torch.device("cuda", self._local_rank)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -77,6 +79,10 @@ class Ranks:
         dist.all_reduce(word, dist.ReduceOp.MAX)
         return tuple(map(bool, word.tolist()))
 
+    def agreed(self, flag: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether any rank's is true: to be asked by all of them."""
+        return lambda: self.any(flag())[0]
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
         if self.is_alone:
@@ -84,6 +90,17 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def in_turns(self, own: list[Tensor]) -> list[Tensor]:
+        """What the ranks made of items that they took in turns, rank 0 the first: in the items' order, on the CPU."""
+        if self.is_alone:
+            return own
+        every = self.gather([tensor.cpu() for tensor in own])
+        return [every[number % self.size][number // self.size] for number in range(sum(map(len, every)))]
+
+    def own(self, purpose: str) -> str:
+        """The purpose of a seed that is each rank's own; rank 0 draws what one process would."""
+        return purpose if self.is_first else f"{purpose}, rank {self.rank}"
 
     def first(self, work: Callable[[], T]) -> T:
         """What rank 0, which alone does the work, gets from it: for all. What it raises, all raise."""
@@ -120,6 +137,12 @@ class Ranks:
             if problem is not None:
                 raise problem
 
+    def send(self, tensor: Tensor, rank: int) -> Tensor:
+        """`tensor`, now that of `rank`, whose others are as large."""
+        if not self.is_alone:
+            dist.broadcast(tensor, rank)
+        return tensor
+
     def copy(self, network: nn.Module) -> None:
         """Give every rank's network the parameters and buffers of rank 0's."""
         if self.is_alone:
@@ -136,6 +159,9 @@ class Ranks:
         self.rank, self.size = 0, 1
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """The ranks of this run: the default process group, torchrun's processes, or this process alone.
@@ -150,8 +176,7 @@ def joined(device: str) -> Iterator[Ranks]:
         if not was_launched() or int(os.environ["WORLD_SIZE"]) == 1:
             yield Ranks()
             return
-        uses_gpus = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpus else "gloo")
+        _join(device != "cpu" and torch.cuda.is_available())
     ranks = _of_default_group()
     try:
         yield ranks
@@ -165,6 +190,16 @@ def joined(device: str) -> Iterator[Ranks]:
         ranks.leave()
         if is_ours and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # NCCL's would wait for kernels that wait for a rank that has gone
+
+
+def _join(uses_gpu: bool) -> None:
+    """Make the process group. OptionError where some of the processes have a GPU, and some have not."""
+    store, rank, size = next(rendezvous("env://"))
+    store.set(f"ban_fast/gpu/{rank}", str(uses_gpu))
+    if len({store.get(f"ban_fast/gpu/{other}") for other in range(size)}) > 1:
+        raise OptionError("device", "some of the processes have a GPU, and some have none: use cpu for all")
+    backend = "cpu:gloo,cuda:nccl" if uses_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def was_launched() -> bool:

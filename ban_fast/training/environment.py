@@ -11,8 +11,8 @@ import torch
 from .. import __version__
 
 
-def environment(device: torch.device, shape: dict[str, Any]) -> dict[str, Any]:
-    """Versions, device, threads, and `shape`, what the data and the network look like."""
+def environment(device: torch.device, shape: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
+    """Versions, device, threads, processes, and `shape`, what the data and the network look like."""
     return {
         "ban_fast": __version__,
         "git_commit": _git_commit(),
@@ -22,6 +22,7 @@ def environment(device: torch.device, shape: dict[str, Any]) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "ranks": ranks,
         "shape": shape,
     }
 
@@ -35,7 +36,8 @@ def device_name(device: torch.device) -> str:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of it changes the bits of a result and is not as it was, one phrase each."""
-    names = {"threads": "CPU threads", "device": "device", "torch": "torch"}
+    names = {"threads": "CPU threads", "device": "device", "torch": "torch", "ranks": "processes"}
+    then = {"ranks": 1, **then}
     return [
         f"{label} {then.get(key)} then, {now[key]} now" for key, label in names.items() if then.get(key) != now[key]
     ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data import Batch, Loader
 from ..errors import UserError
 from ..evaluation import AVERAGES, classification_metrics, ensemble, reliability
+from .distributed import ALONE, Ranks
 from .observer import Interrupted
 from .seeds import derived_seed, isolated
 
@@ -35,6 +36,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 class Evaluator:
     """Runs networks over what is not trained on: in eval mode, full precision and fixed order.
 
+    Several ranks run one together.
+
     A network's outputs are all that its figures, and those of a vote with others, need.
     """
 
@@ -46,12 +49,18 @@ class Evaluator:
     """Whether the figures of the epoch that was best on it are reported, beside the last one's."""
 
     def __init__(
-        self, loaders: dict[str, Loader], device: torch.device, run_seed: int, should_stop: Callable[[], bool]
+        self,
+        loaders: dict[str, Loader],
+        device: torch.device,
+        run_seed: int,
+        should_stop: Callable[[], bool],
+        ranks: Ranks = ALONE,
     ) -> None:
         self._loaders = loaders
         self._device = device
         self._seed = derived_seed(run_seed, "evaluation")
         self._should_stop = should_stop
+        self._ranks = ranks
 
     @property
     def splits(self) -> list[str]:
@@ -81,8 +90,8 @@ class Evaluator:
         return outputs
 
     def _batches(self, split: str) -> Iterator[Batch]:
-        for batch in self._loaders[split].epoch(0):
-            if self._should_stop():
+        for number, batch in enumerate(self._loaders[split].epoch(0)):
+            if number % self._ranks.size == 0 and self._should_stop():  # all ranks ask, with a batch for each between
                 raise Interrupted
             yield batch
 
@@ -113,18 +122,24 @@ class ImageEvaluator(Evaluator):
     _samples = "images"
 
     def __init__(
-        self, loaders: dict[str, Loader], device: torch.device, run_seed: int, should_stop: Callable[[], bool]
+        self,
+        loaders: dict[str, Loader],
+        device: torch.device,
+        run_seed: int,
+        should_stop: Callable[[], bool],
+        ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(loaders, device, run_seed, should_stop)
+        super().__init__(loaders, device, run_seed, should_stop, ranks)
         self._labels: dict[str, Tensor] = {}
 
     def _outputs(self, network: nn.Module, split: str, batches: Iterator[Batch]) -> Tensor:
         outputs, labels = [], []
-        for batch in batches:
-            outputs.append(network(batch.images))
+        for number, batch in enumerate(batches):
+            if number % self._ranks.size == self._ranks.rank:  # whole batches: the arithmetic is one process's
+                outputs.append(network(batch.images))
             labels.append(batch.labels)
         self._keep_labels(split, torch.cat(labels).cpu())
-        return torch.cat(outputs).cpu()
+        return torch.cat(self._ranks.in_turns(outputs)).cpu()
 
     def figures(self, outputs: Tensor, split: str) -> dict[str, float]:
         """Error, NLL and ECE."""

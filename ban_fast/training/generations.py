@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..errors import OptionError, UserError
 from .adoption import adopt_teacher
 from .cache_fill import fill_ahead
 from .compiled import check_compiler
+from .distributed import Ranks, joined
 from .environment import device_name, differences, environment
 from .jobs import make_task, network_factory
 from .learner import Learner, objective_name, total_steps
@@ -65,7 +66,8 @@ def run(
     observer = observer or Observer()
     should_stop = should_stop or never
     with ExitStack() as stack:
-        store = None if out is None else stack.enter_context(RunStore(out))
+        ranks = stack.enter_context(joined(config.device))
+        store = None if out is None else stack.enter_context(RunStore(out, ranks))
         if resume:
             if store is None:
                 raise UserError("resume=True needs out=, the directory of the run to go on with")
@@ -74,21 +76,39 @@ def run(
                 return Results(store.results, lambda: stored_networks(config, store, model))
         elif store is not None:
             store.refuse_existing()
-        device = training_device(config.device)
-        stack.enter_context(prepared(device))
-        task = make_task(config, device, model=model, train=train, test=test, validation=validation)
-        check_step(config, device, task.train(0))
-        check_cache(config, task, None if store is None else store.path / FOLDER, resume)
-        if config.steps == COMPILE:
-            check_compiler(device)
+        home = None if store is None else store.path
+        own = {"train": train, "test": test, "validation": validation}
+        task = everyones_task(config, ranks, stack, home, resume, model, own)
         if store is not None:
             begin(store, config, task, resume, observer)
-        evaluator = task.evaluator(config.seed, should_stop)
+        evaluator = task.evaluator(config.seed, ranks.agreed(should_stop))
         lineage = Lineage(config, task, store, evaluator, observer)
         if teacher_from is not None and not lineage.finished:
             adopt_teacher(lineage, Path(teacher_from))
-        grow([lineage], config, task, None if store is None else store.path, observer, should_stop)
+        grow([lineage], config, task, home, observer, should_stop)
         return lineage.as_results()
+
+
+def everyones_task(
+    config: Config,
+    ranks: Ranks,
+    stack: ExitStack,
+    home: Path | None,
+    resume: bool,
+    model: ModelFactory | None,
+    own: Mapping[str, Samples | None],
+) -> Task:
+    """The task, on this rank's device; what one rank lacks is every rank's UserError. `home`: the run's directory."""
+    with ranks.alike():
+        device = ranks.device(training_device(config.device))
+    stack.enter_context(prepared(device))
+    with ranks.alike():
+        task = make_task(config, device, model=model, ranks=ranks, **own)
+        check_step(config, device, task.train(0))
+        check_cache(config, task, None if home is None else home / FOLDER, resume)
+        if config.steps == COMPILE:
+            check_compiler(device)
+    return task
 
 
 def grow(
@@ -111,8 +131,14 @@ def grow(
             f"batch normalisation takes its statistics from micro-batches of {config.micro_batch_size} images at most, "
             "not from whole batches: the weights will differ from those of a run without"
         )
+    if not task.ranks.is_alone and task.has_batch_norm and not config.sync_statistics:
+        observer.message(
+            f"batch normalisation takes its statistics from the images of each of the {task.ranks.size} processes: the "
+            "weights will differ from those of one process; --sync-statistics takes them from whole batches"
+        )
+    agreed = task.ranks.agreed(should_stop)
     for number in range(finished, config.generations + 1):
-        if should_stop():
+        if agreed():
             raise Interrupted
         here = [lineage for lineage in lineages if lineage.finished == number]
         _grow_generation(number, here if number else here[:1], config, task, home, observer, should_stop)
@@ -151,7 +177,7 @@ def _grow_generation(
         for teacher in teachers.values():
             teacher.dismiss()
         if home is not None and not any(lineage.has_begun(number + 1) for lineage in lineages):
-            remove_own(config, home / FOLDER)
+            task.ranks.first(lambda: remove_own(config, home / FOLDER))
         for lineage, learner in zip(lineages, learners, strict=True):
             lineage.conclude(learner)
 
@@ -233,7 +259,7 @@ def _plan(config: Config, task: Task, finished: int) -> Plan:
 
 def begin(store: RunStore, config: Config, task: Task, resume: bool, observer: Observer) -> None:
     """Put the run down, or make sure that it is the one to go on with."""
-    now = environment(task.device, task.shape)
+    now = environment(task.device, task.shape, task.ranks.size)
     if not resume:
         store.create(config, now)
     store.identify(config, task.shape, task.structure)

@@ -9,6 +9,7 @@ import torch
 from .. import data, models
 from ..config import Config, ModelConfig, TextConfig
 from ..errors import OptionError
+from .distributed import ALONE, Ranks
 from .task import CUSTOM, ModelFactory, Samples, Task, image_factory, image_task
 from .text_task import language_model, text_task
 
@@ -21,17 +22,23 @@ def make_task(
     train: Samples | None = None,
     test: Samples | None = None,
     validation: Samples | None = None,
+    ranks: Ranks = ALONE,
 ) -> Task:
     """Read the data, build the network once to see that it fits them, and change nothing on disk.
 
     UserError where they don't fit each other, or where an option is for data of the other kind.
     """
     if train is None and _is_text(config):
+        if not ranks.is_alone:
+            raise OptionError(
+                "data.name",
+                f"{config.data.name} is a text, whose streams are trained on in one process: leave torchrun out",
+            )
         return text_task(config, device, model)
     for field in dataclasses.fields(TextConfig):
         if getattr(config.text, field.name) != field.default:
             raise OptionError(f"text.{field.name}", f"is for texts, and {config.data.name} is images; leave it out")
-    return image_task(config, device, model=model, train=train, test=test, validation=validation)
+    return image_task(config, device, model=model, train=train, test=test, validation=validation, ranks=ranks)
 
 
 def _is_text(config: Config) -> bool:

@@ -16,6 +16,7 @@ from .metrics import Meter
 from .objectives import Terms, make_objective
 from .observer import Observer
 from .optim import Plateau, clip, learning_rate, make_optimizer
+from .parallel import Parallel
 from .run_store import GenerationFiles
 from .seeds import Turns, derived_seed, random_state, seed_everything, set_random_state
 from .step_choice import COMPILE, choose_step
@@ -61,11 +62,15 @@ class Learner:
         self.objective = make_objective(objective, derived_seed(seed, "dkpp"))
         self.optimizer = make_optimizer(config.optimizer, network.parameters())
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.reader = task.reader(network)
+        self.ranks = task.ranks
+        own = task.ranks.shard.cut(slice(0, task.rows_per_step))
+        share = (own.stop - own.start) / task.rows_per_step
+        self.parallel = Parallel(network, task.ranks, share=share, sync_statistics=config.sync_statistics)
+        self.reader = task.reader(self.parallel.module)
         self.steps = choose_step(config, device, loader, teacher, together)
         self._forward_and_loss = self._eager_terms if self.steps.mode != COMPILE else compiled(self._eager_terms)
         self.plateau = Plateau(config.optimizer)
-        self.meter = Meter(device)
+        self.meter = Meter(device, task.ranks)
 
         self.step = 0  # optimizer steps made
         self.epoch = 0  # epochs closed
@@ -80,7 +85,7 @@ class Learner:
         self._unsaved = True
         self._turns = Turns(device) if together else None
         with self.turn():
-            seed_everything(derived_seed(seed, "noise"), device)  # dropout's draws
+            seed_everything(derived_seed(seed, task.ranks.own("noise")), device)  # dropout's draws
 
     def turn(self) -> AbstractContextManager[None]:
         """Where this one draws from its own generators."""
@@ -108,7 +113,11 @@ class Learner:
         """One optimizer step."""
         self.use_rate(self.learning_rate(self.step))
         self.update(batch, taught)
-        self.advance(len(batch.labels))
+        self.advance(self._whole(batch))
+
+    def _whole(self, batch: Batch) -> int:
+        """Samples of the batch that this is a rank's part of."""
+        return len(batch.labels) if self.ranks.is_alone else self.task.rows_per_step
 
     def learning_rate(self, step: int) -> float:
         """Of a step of this epoch."""
@@ -123,12 +132,14 @@ class Learner:
 
     def update(self, batch: Batch, taught: Taught | None) -> None:
         """What a step does on the device: nothing here waits for it, or is to be remembered outside of it."""
-        terms, logits = self._gradients(batch, taught)
+        whole = self._whole(batch)
+        terms, logits = self._gradients(batch, taught, whole)
+        self.parallel.finish_step()
         clip(self.config.optimizer, self.optimizer, self.scaler)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.meter.add(terms, logits, batch.labels)
+        self.meter.add(terms, logits, batch.labels, whole)
         self.step_on_device += 1
 
     def advance(self, images: int) -> None:
@@ -139,18 +150,20 @@ class Learner:
         self.images += images
         self._unsaved = True
 
-    def _gradients(self, batch: Batch, taught: Taught | None) -> tuple[Terms, Tensor]:
-        """Gradients of the batch's loss, part by part; its terms, and the logits [B, C]."""
-        size = self.config.micro_batch_size or len(batch.labels)
-        is_weighted = self.objective_name == "cwtm" and size < len(batch.labels)
+    def _gradients(self, batch: Batch, taught: Taught | None, whole: int) -> tuple[Terms, Tensor]:
+        """Gradients of a batch of `whole` samples, part by part; this rank's terms of its loss, and logits [B, C]."""
+        size = self.config.micro_batch_size or whole
+        is_weighted = self.objective_name == "cwtm" and (size < len(batch.labels) or not self.ranks.is_alone)
         if is_weighted and taught is not None:
-            taught = with_total(taught)
+            taught = with_total(taught, self.ranks)
         total, outputs = None, []
-        for part in parts(batch, taught, size):
-            terms, logits = self._terms(part.batch, part.taught)
-            share = 1.0 if is_weighted else part.share  # CWTM's weights are shares themselves
-            weight = share * self.task.loss_factor
-            torch.autograd.backward(self.scaler.scale(terms.loss if weight == 1 else terms.loss * weight))
+        pieces = parts(batch, taught, size, whole, self.ranks.size)
+        for number, part in enumerate(pieces, start=1):
+            with self.parallel.part(is_last=number == len(pieces)):
+                terms, logits = self._terms(part.batch, part.taught)
+                share = 1.0 if is_weighted else part.share  # CWTM's weights are shares themselves
+                weight = share * self.task.loss_factor * self.ranks.size  # by which the ranks' gradients are divided
+                torch.autograd.backward(self.scaler.scale(terms.loss if weight == 1 else terms.loss * weight))
             total = added(total, terms, share)
             outputs.append(logits.detach())
         assert total is not None
@@ -195,7 +208,7 @@ class Learner:
         self.best = best
         record["seconds"] = self.seconds
         if self.files is not None:
-            self.files.journal.append(record)
+            self.files.append(record)
         self.epoch, self.batch = self.epoch + 1, 0
         self.meter.reset()
         self._unsaved = True
@@ -287,7 +300,7 @@ class Learner:
             "carried": self.reader.state(),
             "sums": self.meter.sums,
             "sum_images": self.meter.images,
-            "random": drawn,
+            "random": self.ranks.gather(drawn),
             "teacher": None if self.teacher is None else self.teacher.state(),
         }
 
@@ -301,13 +314,15 @@ class Learner:
         self.plateau.restore(state["plateau"])
         self.best = state["best"]
         self.reader.restore(state["carried"])
-        self.meter.sums.copy_(state["sums"])
-        self.meter.images = state["sum_images"]
+        self.meter.restore(state["sums"], state["sum_images"])
         self.step_on_device.fill_(self.step)
         if self.teacher is not None:
             self.teacher.restore(state["teacher"])
         with self.turn():
-            set_random_state(state["random"], self.device)
+            if self.ranks.rank < len(state["random"]):
+                set_random_state(state["random"][self.ranks.rank], self.device)
+            else:  # there were fewer ranks: the others draw from here on
+                seed_everything(derived_seed(self.seed, self.ranks.own(f"noise from step {self.step}")), self.device)
         self._unsaved = False
 
     def record(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data import Loader
 from ..errors import UserError
-from ..evaluation.run_directory import STATE
 from .evaluator import TEST, Evaluator
 from .learner import Learner
 from .observer import Observer
@@ -46,7 +45,7 @@ class Lineage:
 
     def has_begun(self, number: int) -> bool:
         """Whether a generation has a checkpoint; without results.json, later ones than are finished may."""
-        return self.store is not None and (self.store.path / f"generation-{number}" / STATE).exists()
+        return self.store is not None and self.store.has_checkpoint(number)
 
     def teacher_before(self, number: int) -> str | None:
         """The mode that "auto" chose for a generation's teacher, if the generation has a checkpoint."""

@@ -26,6 +26,7 @@ class Loop:
         self._learners = learners
         self._observer, self._should_stop = observer, should_stop
         first = learners[0]
+        self._ranks = first.ranks
         self._config, self._loader, self._device, self._number = first.config, first.loader, first.device, first.number
         self._whole = WholeSteps(first, observer) if first.steps.mode == GRAPH else None
         self._saved_at = time.perf_counter()
@@ -51,8 +52,8 @@ class Loop:
         self._clock = time.perf_counter()
         for number in self._steps(epoch, first, last, learners, teachers):
             self._observer.step(self._number, epoch * learners[0].steps_per_epoch + number + 1)
-            stop = self._should_stop()
-            if stop or self._is_due():
+            stop, is_due = self._ranks.any(self._should_stop(), self._is_due())
+            if stop or is_due:
                 self._tally(learners)
                 self._save()
                 if stop:
@@ -111,7 +112,8 @@ class Loop:
         except Interrupted:
             self._save()
             raise
-        if self._is_due():
+        (is_due,) = self._ranks.any(self._is_due())
+        if is_due:
             self._save()
 
     def _tally(self, learners: list[Learner]) -> None:

@@ -11,25 +11,42 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .distributed import ALONE, Ranks
 from .objectives import Terms
 
 
 class Meter:
-    """An epoch's means of loss, terms and error, gathered on the device without waiting for it."""
+    """An epoch's means of loss, terms and error, gathered on the device without waiting for it.
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+    Each of several ranks has sums of its own, which are put together when they are asked for, by all.
+    """
+
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._ranks = ranks
         self.images = 0
 
-    def add(self, terms: Terms, logits: Tensor, labels: Tensor) -> None:  # [B, C], [B]
-        """One batch, on the device; `images` is counted by the caller."""
+    def add(self, terms: Terms, logits: Tensor, labels: Tensor, whole: int) -> None:  # [B, C], [B]
+        """The part that these have in a batch of `whole` samples, on the device; `images` is counted by the caller."""
         loss = terms.loss.detach()
-        wrong = (logits.detach().argmax(dim=1) != labels).to(loss.dtype).mean()
-        self.sums.add_(torch.stack((loss, terms.kd, terms.label, wrong)), alpha=len(labels))
+        wrong = (logits.detach().argmax(dim=1) != labels).to(loss.dtype).sum() / whole
+        self._sums.add_(torch.stack((loss, terms.kd, terms.label, wrong)), alpha=whole)
+
+    @property
+    def sums(self) -> Tensor:
+        """Over all ranks."""
+        return self._sums if self._ranks.is_alone else self._ranks.sum(self._sums.clone())
+
+    def restore(self, sums: Tensor, images: int) -> None:
+        """Take up the `sums` and `images` of a checkpoint."""
+        if self._ranks.is_first:
+            self._sums.copy_(sums)
+        self.images = images
 
     def is_finite(self) -> bool:
         """Whether every loss so far was: NaN and infinity stay in a sum. Waits for the device."""
-        return math.isfinite(self.sums[0].item())
+        (is_broken,) = self._ranks.any(not math.isfinite(self._sums[0].item()))
+        return not is_broken
 
     def means(self) -> dict[str, float | None]:
         """{"loss", "kd", "label": nats, "error": percent}, means over the images so far. Waits for the device.
@@ -42,7 +59,7 @@ class Meter:
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self.sums.zero_()
+        self._sums.zero_()
         self.images = 0
 
 

@@ -25,6 +25,7 @@ from .checkpoint import (
     write_file,
     write_json,
 )
+from .distributed import ALONE, Ranks
 from .locks import DirectoryLock
 from .metrics import Journal
 
@@ -46,10 +47,15 @@ def empty_results() -> dict[str, Any]:
 
 
 class RunStore:
-    """A run directory, held by one process at a time for as long as this is open."""
+    """A run directory, held by one process at a time for as long as this is open.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    Of the ranks of a run it is rank 0 that holds, reads and writes it, at the others' call too: they all get what it
+    read, or its UserError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], ranks: Ranks = ALONE) -> None:
         self.path = Path(path)
+        self.ranks = ranks
         self.results = empty_results()
         self.environment: dict[str, Any] | None = None
         self._lock: DirectoryLock | None = None
@@ -67,6 +73,9 @@ class RunStore:
 
     def refuse_existing(self) -> None:
         """UserError if a new run can't begin here."""
+        self.ranks.first(self._refuse_existing)
+
+    def _refuse_existing(self) -> None:
         if (self.path / CONFIG).exists():
             raise UserError(f"{self.path} holds a run already: continue it with --resume, or choose another --out")
         if self.path.exists() and not self.path.is_dir():
@@ -80,9 +89,12 @@ class RunStore:
 
     def create(self, config: Config, environment: dict[str, Any]) -> None:
         """Make the directory and put down what the run is. config.json comes last: with it, the run exists."""
+        self.environment = self.ranks.first(lambda: self._create(config, environment))
+
+    def _create(self, config: Config, environment: dict[str, Any]) -> dict[str, Any]:
         made = make_directories(self.path)
         self._hold()
-        self.refuse_existing()
+        self._refuse_existing()
         try:
             self._remove(_TEMPORARIES)
             write_json(self.path / ENVIRONMENT, environment)
@@ -90,7 +102,7 @@ class RunStore:
         except UserError:
             self._unmake(made)
             raise
-        self.environment = environment
+        return environment
 
     def _unmake(self, made: list[Path]) -> None:
         """Nothing half-begun stays, as far as the disk still obeys."""
@@ -102,6 +114,9 @@ class RunStore:
 
     def reopen(self, config: Config) -> None:
         """Take up the run that is here. UserError if there is none, or if `config` is of another."""
+        self.environment, self.results = self.ranks.first(lambda: self._reopen(config))
+
+    def _reopen(self, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
         if not self.path.is_dir() or not (self.path / CONFIG).exists():
             raise UserError(f"nothing to resume in {self.path}: there is no {CONFIG}; start without --resume")
         self._hold()
@@ -109,15 +124,26 @@ class RunStore:
         stored = stored_config(directory)
         for field, old, new in config_differences(stored, config):
             raise OptionError(field, f"is {new!r} here, but {old!r} in the run in {self.path}; use another --out")
-        self.environment = directory.environment()
-        self.results = directory.results()
+        environment, results = directory.environment(), directory.results()
         self._remove(_TEMPORARIES)
+        return environment, results
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.ranks.first((self.path / CONFIG).exists)
+
+    def has_checkpoint(self, number: int) -> bool:
+        """Whether a generation has a state.pt."""
+        return self.ranks.first((self.path / f"generation-{number}" / STATE).exists)
 
     def look(self) -> Config:
         """Read the run that is here without holding it, which leaves it to others too; returns its configuration."""
         directory = RunDirectory(self.path)
-        self.environment, self.results = directory.environment(), directory.results()
-        return stored_config(directory)
+        self.environment, self.results, config = self.ranks.first(
+            lambda: (directory.environment(), directory.results(), stored_config(directory))
+        )
+        return config
 
     def identify(self, config: Config, shape: dict[str, Any], structure: str) -> None:
         """Say what is trained: checkpoints carry a hash of it, and those of anything else are refused.
@@ -138,17 +164,18 @@ class RunStore:
     def generation(self, number: int) -> "GenerationFiles":
         """The files of one generation; its folder is made."""
         directory = self.path / f"generation-{number}"
-        make_directories(directory)
-        return GenerationFiles(directory, f"{self._identity} generation {number}")
+        self.ranks.first(lambda: make_directories(directory))
+        return GenerationFiles(directory, f"{self._identity} generation {number}", self.ranks)
 
     def load_network(self, number: int, network: nn.Module) -> None:
         """Fill `network` with the weights of a finished generation."""
         sha256 = self.results["generations"][number].get("model_sha256")
-        load_model(self.path / f"generation-{number}" / MODEL, network, sha256)
+        self.ranks.first(lambda: load_model(self.path / f"generation-{number}" / MODEL, network, sha256))
+        self.ranks.copy(network)
 
     def save_results(self) -> None:
         """results.json; a generation is finished once it is in there."""
-        write_json(self.path / RESULTS, self.results)
+        self.ranks.first(lambda: write_json(self.path / RESULTS, self.results))
 
     def _remove(self, patterns: list[str]) -> None:
         try:
@@ -162,15 +189,19 @@ class RunStore:
 
 
 class GenerationFiles:
-    """model.safetensors, metrics.jsonl and state.pt of one generation."""
+    """model.safetensors, metrics.jsonl and state.pt of one generation; rank 0's, as the `RunStore` is."""
 
-    def __init__(self, directory: Path, identity: str) -> None:
+    def __init__(self, directory: Path, identity: str, ranks: Ranks = ALONE) -> None:
         self.directory = directory
+        self._ranks = ranks
         self.journal = Journal(directory / METRICS)
         self._identity = identity
 
     def load_state(self) -> dict[str, Any] | None:
         """The last checkpoint, with metrics.jsonl cut back to it; None, and no metrics, where there is none."""
+        return self._ranks.first(self._load_state)
+
+    def _load_state(self) -> dict[str, Any] | None:
         path = self.directory / STATE
         if not path.exists():
             self.journal.cut(0)
@@ -183,23 +214,33 @@ class GenerationFiles:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint."""
+        self._ranks.first(lambda: self._save_state(state))
+
+    def _save_state(self, state: dict[str, Any]) -> None:
         self.journal.sync()
         save_state(self.directory / STATE, {"identity": self._identity, "journal_bytes": self.journal.bytes, **state})
 
     def copy_from(self, other: "GenerationFiles") -> None:
         """Metrics and checkpoint of a generation that another run has finished."""
+        self._ranks.first(lambda: self._copy_from(other))
+
+    def _copy_from(self, other: "GenerationFiles") -> None:
         try:
             metrics = other.journal.path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {other.journal.path}: {error.strerror}") from error
         write_file(self.journal.path, metrics)
         self.journal.bytes = len(metrics)
-        if (state := other.load_state()) is not None:
-            self.save_state({key: value for key, value in state.items() if key not in ("identity", "journal_bytes")})
+        if (state := other._load_state()) is not None:
+            self._save_state({key: value for key, value in state.items() if key not in ("identity", "journal_bytes")})
 
     def save_model(self, network: nn.Module) -> str:
         """The final weights; returns the file's SHA-256."""
-        return save_model(self.directory / MODEL, network)
+        return self._ranks.first(lambda: save_model(self.directory / MODEL, network))
+
+    def append(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self._ranks.first(lambda: self.journal.append(record))
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

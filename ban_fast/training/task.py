@@ -26,6 +26,7 @@ from ..data import (
     open_loader,
 )
 from ..errors import OptionError, UserError
+from .distributed import ALONE, Ranks
 from .evaluator import Evaluator, ImageEvaluator
 from .reader import Forward, Reader
 from .seeds import derived_seed, isolated, seed_everything
@@ -86,6 +87,13 @@ class Task:
     """Whether every epoch serves the same batches in the same order: a text's windows."""
     loss_factor: float = 1.0
     """What a batch's mean loss is multiplied by for its gradient."""
+    ranks: Ranks = ALONE
+    """The processes that share the batches; the loader serves this one's part of each."""
+
+    @property
+    def rows_per_forward(self) -> int:
+        """Of them, the most that one rank has."""
+        return -(-self.rows_per_step // self.ranks.size)
 
     def network(self, generation_seed: int) -> nn.Module:
         """A fresh network, from draws of its own generation's seed."""
@@ -134,16 +142,22 @@ def image_task(
     train: Samples | None = None,
     test: Samples | None = None,
     validation: Samples | None = None,
+    ranks: Ranks = ALONE,
 ) -> Task:
     """Read the data, build the network once to see that it fits them, and change nothing on disk."""
     if train is None:
         dataset = _load(config.data)
         classes, exact = len(dataset.classes), True
-        train_loader = _dataset_loader(config, dataset, device)
+        train_loader = _dataset_loader(config, dataset, device, ranks)
         views: Views | None = _dataset_views(config, dataset)
         evaluation = _dataset_evaluation(config, dataset, device)
     else:
         classes, exact = _own_classes([train, test, validation]), False
+        if isinstance(train, DataLoader) and not ranks.is_alone:
+            raise UserError(
+                "a DataLoader's order is its own affair, and several processes need the same: pass tensors, use one of "
+                "ban_fast's datasets, or train in one process"
+            )
         train_loader = _own_loader(config, train, device, shuffle=True, classes=None)
         views = _own_views(train)
         evaluation = {}
@@ -158,7 +172,7 @@ def image_task(
     if (width != classes) if exact else (width < classes):
         raise UserError(f"the network's output has {width} classes, the data have {classes}")
     if train is not None:
-        train_loader = _own_loader(config, train, device, shuffle=True, classes=width)
+        train_loader = _own_loader(config, train, device, shuffle=True, classes=width, ranks=ranks)
         evaluation = {
             name: _own_loader(config, samples, device, shuffle=False, classes=width)(0)
             for name, samples in (("test", test), ("validation", validation))
@@ -173,10 +187,12 @@ def image_task(
         raise OptionError(
             "optimizer.schedule", "plateau looks at a validation split: set --val-fraction, or validation="
         )
+    rows_per_step = min(config.batch_size, _count(sample) or config.batch_size)
+    _check_shards(config, rows_per_step, ranks)
     return Task(
         device=device,
         train=train_loader,
-        evaluator=lambda seed, should_stop: ImageEvaluator(evaluation, device, seed, should_stop),
+        evaluator=lambda seed, should_stop: ImageEvaluator(evaluation, device, seed, should_stop, ranks),
         reader=Forward,
         factory=factory,
         channels_last=config.channels_last,
@@ -191,8 +207,22 @@ def image_task(
         structure=structure(network),
         has_batch_norm=any(isinstance(module, _BatchNorm) for module in network.modules()),
         views=views,
-        rows_per_step=min(config.batch_size, _count(sample) or config.batch_size),
+        rows_per_step=rows_per_step,
+        ranks=ranks,
     )
+
+
+def _check_shards(config: Config, rows: int, ranks: Ranks) -> None:
+    """OptionError for a batch that its processes can't share."""
+    if rows < ranks.size:
+        raise OptionError(
+            "batch_size", f"{rows} images can't be shared by {ranks.size} processes: use fewer, or a larger batch"
+        )
+    if config.micro_batch_size == 1 and rows % ranks.size:
+        raise OptionError(
+            "micro_batch_size",
+            f"must be at least 2 where {ranks.size} processes share {rows} images: some have one more than others",
+        )
 
 
 def build(factory: ModelFactory, shape: dict[str, Any], device: torch.device, channels_last: bool) -> nn.Module:
@@ -221,7 +251,9 @@ def _load(config: DataConfig) -> Dataset[Any]:
     return data.load_stored(config.name, ffcv=config.loader == "ffcv", **options)
 
 
-def _dataset_loader(config: Config, dataset: Dataset[Any], device: torch.device) -> Callable[[int], Loader]:
+def _dataset_loader(
+    config: Config, dataset: Dataset[Any], device: torch.device, ranks: Ranks
+) -> Callable[[int], Loader]:
     split = _on_device(dataset.train, device)
     augmentation = _augmentation(config.data, dataset)
 
@@ -235,6 +267,7 @@ def _dataset_loader(config: Config, dataset: Dataset[Any], device: torch.device)
             device=device,
             augmentation=augmentation,
             channels_last=config.channels_last,
+            shard=ranks.shard,
         )
 
     return loader
@@ -309,7 +342,13 @@ def _on_device(split: Split | StoredSplit, device: torch.device) -> Split | Stor
 
 
 def _own_loader(
-    config: Config, samples: Samples, device: torch.device, *, shuffle: bool, classes: int | None
+    config: Config,
+    samples: Samples,
+    device: torch.device,
+    *,
+    shuffle: bool,
+    classes: int | None,
+    ranks: Ranks = ALONE,
 ) -> Callable[[int], Loader]:
     if isinstance(samples, DataLoader):
         wrapped = WrappedDataLoader(samples, device=device, channels_last=config.channels_last, num_classes=classes)
@@ -326,6 +365,7 @@ def _own_loader(
         drop_last=shuffle,
         channels_last=config.channels_last,
         num_classes=classes,
+        shard=ranks.shard,
     )
 
 

@@ -3,10 +3,13 @@
 What it gives is what a live teacher gives, to the bit, where the teacher's kernels are batch-invariant: where the
 logits of an image don't depend on the other images of a batch of the same size. So the images whose rows are missing
 are gathered from some batches ahead, and shown to the teacher in batches of exactly the training's size.
+
+Of several ranks each computes what its own shards miss, and all keep all of it, as each epoch deals the images anew;
+one file, rank 0's, remembers it.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..errors import UserError
 from .cache_store import FileRows, MemoryRows
+from .distributed import ALONE, Ranks
 from .reader import Reader
 from .teacher import Frozen, Taught, check_fingerprint, dtype_name
 
@@ -22,6 +26,17 @@ _MOST_AHEAD = 16
 _BYTES_AHEAD = 2**26
 _ROWS_AT_A_TIME = 65_536
 UNKNOWN = -1
+
+
+class Computed(NamedTuple):
+    """What a teacher said of some images."""
+
+    keys: Tensor
+    """int64 [n]."""
+    kept: Tensor
+    """[n, width], in the cache's dtype."""
+    confidence: Tensor
+    """fp32 [n, 1]."""
 
 
 class CachedTeacher(Frozen):
@@ -41,6 +56,7 @@ class CachedTeacher(Frozen):
         with_confidence: bool = False,
         on_device: bool = True,
         is_own: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Sample ids are below `samples`, views below `views`; the network is shown `batch_size` images at a time.
 
@@ -49,13 +65,14 @@ class CachedTeacher(Frozen):
         `on_device`: whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, a
         batch's are copied.
         `is_own`: whether files are for this teacher's students alone.
+        Of several `ranks`, only rank 0 has `rows` that may be there already: the others `share` them.
         UserError, with the files closed, where rows that are there can't be this network's.
         """
         super().__init__(network, reader)
         self._rows = rows
         self.device = device
         self._views, self._batch_size = views, batch_size
-        self._only_confidence, self._is_own = only_confidence, is_own
+        self._only_confidence, self._is_own, self._ranks = only_confidence, is_own, ranks
         self._slots = torch.full((samples * views,), UNKNOWN, dtype=torch.int32, device=device)
         self._copy: MemoryRows | None = None
         self._forwards_before = 0  # whose rows were lost since
@@ -90,26 +107,72 @@ class CachedTeacher(Frozen):
         """Rows are known by their keys, whatever came before."""
 
     def ahead(self, batch: Batch) -> int:
-        """As many as 64 MiB hold, at most 16."""
-        size = max(batch.images.numel() * batch.images.element_size(), 1)
+        """As many as 64 MiB hold, at most 16; as many on every rank, though some may have an image less."""
+        size = max(self._batch_size * batch.images[0].numel() * batch.images.element_size(), 1)
         return min(max(_BYTES_AHEAD // size, 1), _MOST_AHEAD)
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Compute what is not known of them. On a GPU this waits for it, once in all these batches."""
-        assert all(len(batch.images) == self._batch_size for batch in batches)
+        assert all(len(batch.images) <= self._batch_size for batch in batches)
         keys = [self.keys(batch.sample_ids, batch.views) for batch in batches]
         missing = [self.unknown(key) for key in keys]
         wanted = torch.cat([key[absent] for key, absent in zip(keys, missing, strict=True)])
-        if not len(wanted):
-            return
+        computed = self._computed(batches, missing, wanted) if len(wanted) else iter(())
+        if self._ranks.is_alone:
+            for some in computed:
+                self._append(some, self._batch_size)
+        else:
+            self._exchange(list(computed))
+
+    def _computed(self, batches: Sequence[Batch], missing: list[Tensor], wanted: Tensor) -> Iterator[Computed]:
         images = torch.cat([batch.images[absent] for batch, absent in zip(batches, missing, strict=True)])
         for start in range(0, len(wanted), self._batch_size):
             part = slice(start, start + self._batch_size)
             # Strides as a batch has them: of a single channel they tell kernels which layout to work in.
-            shown = torch.empty_like(batches[0].images)
+            shape, strides = (self._batch_size, *images.shape[1:]), batches[0].images.stride()
+            shown = torch.empty_strided(shape, strides, dtype=images.dtype, device=images.device)
             shown[: len(images[part])] = images[part]
             shown[len(images[part]) :] = images[-1]
-            self.compute(wanted[part], shown)
+            yield self._of(wanted[part], self.logits(shown)[: len(wanted[part])])
+
+    def _exchange(self, own: list[Computed]) -> None:
+        """Keep what each rank computed, in the order of ranks: they all have the same rows at the same places."""
+        forwards = [len(own) * self._batch_size] * self._ranks.size
+        mine = Computed(*map(torch.cat, zip(*own, strict=True))) if own else None
+        counts = self._ranks.gather((len(own), 0 if mine is None else len(mine.keys)))
+        for rank, (chunks, count) in enumerate(counts):
+            forwards[rank] = chunks * self._batch_size
+            if count:
+                some = mine if rank == self._ranks.rank and mine is not None else self._empty(count)
+                self._append(Computed(*(self._ranks.send(tensor, rank) for tensor in some)), forwards[rank])
+
+    def share(self) -> None:
+        """Give the rows that rank 0 has taken up to all ranks; to be called by all, once."""
+        if self._ranks.is_alone:
+            return
+        rows = self._rows
+        count, forwards = self._ranks.first(lambda: (rows.count, rows.forwards))
+        for start in range(0, count, _ROWS_AT_A_TIME):
+            some = self._empty(min(_ROWS_AT_A_TIME, count - start))
+            if isinstance(rows, FileRows):
+                part = slice(start, start + _ROWS_AT_A_TIME)
+                some.keys.copy_(rows.keys[part])
+                some.kept.copy_(rows.table[part])
+                if self._confidence is not None:
+                    some.confidence.copy_(self._confidence.table[part])
+            for tensor in some:
+                self._ranks.send(tensor, 0)
+            if not self._ranks.is_first:
+                self._append(some, 0)
+        rows.forwards = forwards
+
+    def _empty(self, count: int) -> Computed:
+        width, device = self._rows.table.shape[1], self.device
+        return Computed(
+            torch.empty(count, dtype=torch.int64, device=device),
+            torch.empty(count, width, dtype=self._dtype, device=device),
+            torch.empty(count, 1, device=device),
+        )
 
     def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:
         """Whether the row of one of them is not known. On a GPU this waits for it."""
@@ -161,7 +224,7 @@ class CachedTeacher(Frozen):
 
     def sync(self) -> None:
         """Rows that a checkpoint's step has read are on disk before it: a resumed run meets the same ones."""
-        self._rows.sync()
+        self._ranks.first(self._rows.sync)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -191,7 +254,7 @@ class CachedTeacher(Frozen):
         """The rows of the first n images, which have none yet; the others fill a batch up."""
         self._keep(keys, self.logits(images)[: len(keys)], len(images))
 
-    def _keep(self, keys: Tensor, logits: Tensor, shown: int) -> None:  # [n], [n, C]
+    def _of(self, keys: Tensor, logits: Tensor) -> Computed:  # [n], [n, C]
         confidence = _confidence(logits)
         values = confidence if self._only_confidence else logits
         kept = values.to(self._dtype)
@@ -200,10 +263,16 @@ class CachedTeacher(Frozen):
                 f"the teacher has a logit of {values.abs().max().item():.3g}, which fp16 can't hold: "
                 "use --cache-dtype bf16 or fp32 and another --out"
             )
+        return Computed(keys, kept, confidence)
+
+    def _keep(self, keys: Tensor, logits: Tensor, shown: int) -> None:  # [n], [n, C]
+        self._append(self._of(keys, logits), shown)
+
+    def _append(self, some: Computed, forwards: int) -> None:
         first = self._rows.count
-        self._rows.append(kept, shown, keys, confidence)
-        self._place(keys, first)
-        self._keep_beside(kept, confidence)
+        self._rows.append(some.kept, forwards, some.keys, some.confidence)
+        self._place(some.keys, first)
+        self._keep_beside(some.kept, some.confidence)
 
     def _keep_beside(self, kept: Tensor, confidence: Tensor) -> None:  # [n, width], [n, 1]
         if self._copy is not None:

@@ -130,7 +130,8 @@ def choose_teacher(
     if config.teacher.mode == "live":
         return LiveTeacher(network, reader), None
     frozen = Frozen(network, reader)
-    reason, same_bits = _reason_for_live(frozen, config, task, home, before)
+    # Ranks must go one way: rank 0, which keeps the files, finds it.
+    reason, same_bits = task.ranks.first(lambda: _reason_for_live(frozen, config, task, home, before))
     if reason is not None:
         return LiveTeacher(network, reader), f"live: {reason}"
     try:
@@ -158,10 +159,13 @@ def _reason_for_live(
     if _may_change(config, before) and (reason := _too_large(config, task, home, False, frozen.fingerprint)):
         return reason, False
     dtype, same_bits = _probe(frozen, config, task)
+    is_even = task.rows_per_step % task.ranks.size == 0
     if dtype == torch.float64 and is_exact:
         if not is_auto:
             raise OptionError("teacher.mode", "this teacher's logits are float64, which fp32 rounds; use live")
         return "its logits are float64, which fp32 rounds", same_bits
+    if is_auto and is_exact and not is_even:
+        return "some processes have more images of a batch than others: kept logits would not be the same", False
     if is_auto and is_exact and not same_bits:
         return "its logits depend on the other images of a batch, so that kept ones would not be the same", same_bits
     # A place that is named is there for other runs too.
@@ -171,7 +175,7 @@ def _reason_for_live(
             return fill.sentence(), same_bits
         if task.is_fixed and (reason := _costs_more(config, task)):
             return reason, same_bits
-    return None, same_bits
+    return None, same_bits and is_even
 
 
 def _costs_more(config: Config, task: Task) -> str | None:
@@ -214,23 +218,34 @@ def _cached(
     assert views is not None
     fill = Fill.expected(config, task)
     by_confidence = config.teacher.mode == "cache" and "cwtm" in objectives
-    rows, only_confidence = _rows(frozen, config, task, _only_confidence(config, objectives), home, owner)
-    row_bytes = _row_bytes(rows.table.shape[1], rows.table.dtype)
+    held: list[MemoryRows | FileRows] = []
+
+    def open_rows() -> tuple[int, torch.dtype, bool]:
+        rows, only_confidence = _rows(frozen, config, task, _only_confidence(config, objectives), home, owner)
+        held.append(rows)
+        return rows.table.shape[1], rows.table.dtype, only_confidence
+
+    width, dtype, only_confidence = task.ranks.first(open_rows)  # files are rank 0's
+    row_bytes = _row_bytes(width, dtype)
     on_device = task.device.type == "cuda" and fill.rows * row_bytes <= _SHARE * torch.cuda.mem_get_info(task.device)[0]
     options: dict[str, Any] = {
-        "rows": rows,
+        "rows": held[0] if held else MemoryRows(width, dtype, task.device if on_device else torch.device("cpu")),
         "samples": views.samples,
         "views": views.each,
-        "batch_size": task.rows_per_step,
+        "batch_size": task.rows_per_forward,
         "device": task.device,
         "only_confidence": only_confidence,
         "with_confidence": by_confidence and not only_confidence,
         "on_device": on_device,
         "is_own": config.teacher.cache_directory is None,
+        "ranks": task.ranks,
     }
     if task.is_fixed:
         options["windows"] = lambda: loader.epoch(0)
-    teacher = (CachedTextTeacher if task.is_fixed else CachedTeacher)(frozen.network, frozen.reader, **options)
+    with task.ranks.alike():
+        teacher = (CachedTextTeacher if task.is_fixed else CachedTeacher)(frozen.network, frozen.reader, **options)
+    teacher.share()
+    rows = options["rows"]
     left = _left(rows.keys, loader, config, views, fill) if isinstance(rows, FileRows) and rows.count else None
     what = "confidences" if only_confidence else "logits"
     place = str(rows.path.parent) if isinstance(rows, FileRows) else "memory"
@@ -301,7 +316,7 @@ def _manner(config: Config, task: Task) -> dict[str, Any]:
     """What is known of a description before there is a teacher, and without reading the images."""
     assert task.views is not None
     precision = f"amp {config.amp}, {'compiled' if config.steps == COMPILE else 'eager'}, batches of "
-    precision += f"{task.rows_per_step}{', channels last' if config.channels_last else ''}"
+    precision += f"{task.rows_per_forward}{', channels last' if config.channels_last else ''}"
     return {
         "augmentation": task.views.description,
         "precision": precision,

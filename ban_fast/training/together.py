@@ -8,17 +8,13 @@ from torch.utils.data import DataLoader
 
 from ..config import STUDENT_FOLDERS, Config
 from ..errors import OptionError, UserError
-from ..evaluation.run_directory import CONFIG
-from .compiled import check_compiler
-from .generations import begin, grow, never, prepared, stored_networks
-from .jobs import make_task
+from .distributed import joined
+from .generations import begin, everyones_task, grow, never, stored_networks
 from .lineage import Lineage
 from .observer import Observer
 from .results import Results
 from .run_store import RunStore
-from .step_choice import COMPILE, check_step
-from .task import ModelFactory, Samples, Task, training_device, with_own
-from .teacher_choice import FOLDER, check_cache
+from .task import ModelFactory, Samples, Task, with_own
 
 
 def run_together(
@@ -54,7 +50,8 @@ def run_together(
     should_stop = should_stop or never
     settings = {name: config.of_student(name) for name in config.students}
     with ExitStack() as stack:
-        family = None if out is None else stack.enter_context(RunStore(out))
+        ranks = stack.enter_context(joined(config.device))
+        family = None if out is None else stack.enter_context(RunStore(out, ranks))
         stores = _stores(family, settings, stack)
         if resume:
             if family is None:
@@ -67,35 +64,31 @@ def run_together(
             family.refuse_existing()
             for store in stores.values():
                 store.refuse_existing()
-        device = training_device(config.device)
-        stack.enter_context(prepared(device))
-        task = make_task(config, device, model=model, train=train, test=test, validation=validation)
-        check_step(config, device, task.train(0))
-        check_cache(config, task, None if family is None else family.path / FOLDER, resume)
-        if config.steps == COMPILE:
-            check_compiler(device)
+        home = None if family is None else family.path
+        own = {"train": train, "test": test, "validation": validation}
+        task = everyones_task(config, ranks, stack, home, resume, model, own)
         if family is not None:
             _begin(family, stores, config, settings, task, resume, observer)
-        evaluator = task.evaluator(config.seed, should_stop)
+        evaluator = task.evaluator(config.seed, ranks.agreed(should_stop))
         trained: set[int] = set()
         lineages = {
             name: Lineage(settings[name], task, stores.get(name), evaluator, observer, trained)
             for name in config.students
         }
-        grow(list(lineages.values()), config, task, None if family is None else family.path, observer, should_stop)
+        grow(list(lineages.values()), config, task, home, observer, should_stop)
         return {name: lineage.as_results() for name, lineage in lineages.items()}
 
 
 def _stores(family: RunStore | None, settings: dict[str, Config], stack: ExitStack) -> dict[str, RunStore]:
     if family is None:
         return {}
-    return {name: stack.enter_context(RunStore(family.path / STUDENT_FOLDERS[name])) for name in settings}
+    return {name: stack.enter_context(RunStore(family.path / STUDENT_FOLDERS[name], family.ranks)) for name in settings}
 
 
 def _reopen(stores: dict[str, RunStore], settings: dict[str, Config]) -> None:
     """Take up the runs that were begun: a kill may have come before all were."""
     for name, store in stores.items():
-        if (store.path / CONFIG).exists():
+        if store.exists:
             store.reopen(settings[name])
 
 

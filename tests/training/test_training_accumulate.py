@@ -85,7 +85,7 @@ def test_parts_are_even_and_whole(size: int) -> None:
     logits = torch.randn(BATCH, CLASSES)
     batch = Batch(torch.randn(BATCH, 1), *(torch.arange(BATCH) for _ in range(3)))
     for taught in (Taught(logits), Taught(logits.flip(0), torch.arange(BATCH).flip(0)), None):
-        cut = list(parts(batch, taught, size))
+        cut = parts(batch, taught, size, BATCH)
         sizes = [len(part.batch.labels) for part in cut]
         assert max(sizes) <= size
         assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,114 @@
+"""Processes for several ranks: one that has torch in memory, and forks them. It trains nothing itself.
+
+`python rank_nursery.py FOLDER RANKS NAME...` runs the jobs of `JOBS` named, one after the other, on RANKS ranks of a
+gloo group, and leaves what each rank got from it, or its UserError's text, in FOLDER/RANKS/NAME-RANK.pt.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rank_runs import EXACT, KEPT, KEPT_DIGITS, LIVE, RESUMED, interrupted, of_digits, outcome, short
+from small_runs import IMAGES, digits, samples
+from torch.utils.data import DataLoader, TensorDataset
+
+from ban_fast.config import DataConfig
+from ban_fast.errors import UserError
+
+
+def wrapped() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*samples(IMAGES, 0)), batch_size=16)
+
+
+def on_one_rank_alone(folder: Path, rank: int) -> Any:
+    """Data that only rank 0 can read."""
+    place = str(folder) if rank else None
+    return of_digits(digits(data=DataConfig(name="cifar10" if rank else "digits", directory=place)))
+
+
+JOBS: dict[str, Callable[[Path, int], Any]] = {
+    **{
+        name: lambda folder, rank, network=network, settings=settings: outcome(settings, network, double=True)
+        for name, (network, settings) in EXACT.items()
+    },
+    "norm": lambda folder, rank: outcome(short("ban+l"), "norm", double=True),
+    "norm, uneven": lambda folder, rank: outcome(short("ban+l", batch_size=18), "norm", double=True),
+    "fp32": lambda folder, rank: outcome(short("ban"), "plain"),
+    "densenets": lambda folder, rank: [
+        outcome(short("cwtm", max_steps=1, teacher=LIVE), memory) for memory in ("checkpoint", "shared")
+    ],
+    "memory cache": lambda folder, rank: of_digits(digits("ban", teacher=KEPT)),
+    "no cache": lambda folder, rank: of_digits(digits("ban", teacher=LIVE)),
+    "file cache": lambda folder, rank: of_digits(KEPT_DIGITS, out=folder / "cached"),
+    "auto": lambda folder, rank: of_digits(digits("ban"), out=folder / "auto"),
+    "auto, uneven": lambda folder, rank: of_digits(digits("ban", batch_size=15), out=folder / "auto, uneven"),
+    "whole": lambda folder, rank: outcome(RESUMED, "dropout", out=folder / "whole"),
+    "stopped": lambda folder, rank: interrupted(RESUMED, "dropout", 18 if rank == 1 else 999, folder / "resumed"),
+    "resumed": lambda folder, rank: outcome(RESUMED, "dropout", out=folder / "resumed", resume=True),
+    "stop in double": lambda folder, rank: interrupted(RESUMED, "plain", 18, folder / "double", double=True),
+    "stop in double again": lambda folder, rank: interrupted(
+        RESUMED, "plain", 18, folder / "double", double=True, resume=True
+    ),
+    "double to the end": lambda folder, rank: outcome(RESUMED, "plain", True, out=folder / "double", resume=True),
+    "small batch": lambda folder, rank: outcome(short("ban", batch_size=rank_count() - 1), "plain"),
+    "single images": lambda folder, rank: outcome(short("ban", batch_size=9, micro_batch_size=1), "plain"),
+    "DataLoader": lambda folder, rank: outcome(short("ban"), "plain", train=wrapped()),
+    "text": lambda folder, rank: of_digits(digits(data=DataConfig(name="ptb"))),
+    "unused": lambda folder, rank: outcome(short("ban"), "unused"),
+    "one rank alone": on_one_rank_alone,
+    "diverged": lambda folder, rank: outcome(
+        short("ban"), "plain", train=(samples(IMAGES, 0)[0] * float("nan" if rank == 1 else 1), samples(IMAGES, 0)[1])
+    ),
+}
+
+
+def rank_count() -> int:
+    return dist.get_world_size()
+
+
+def work(folder: Path, rank: int, size: int, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    results = folder / str(size)
+    results.mkdir(exist_ok=True)
+    dist.init_process_group("gloo", init_method=f"file://{results}/rendezvous", rank=rank, world_size=size)
+    for name in names:
+        try:
+            result = JOBS[name](folder, rank)
+        except UserError as error:
+            result = str(error)
+        torch.save(result, results / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def forked(action: Callable[[], None]) -> int:
+    """The id of a new process that does it."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        action()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    importlib.import_module("torch._dynamo")  # the first optimizer of a process does, for seconds: children inherit it
+    folder, size, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    children = [forked(partial(work, folder, rank, size, names)) for rank in range(size)]
+    raise SystemExit(any([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .ranks import takes_the_word
 from .signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -67,5 +68,6 @@ def _obey(argv: Sequence[str] | None, signals: Signals) -> int:
 
 
 def _say(line: str, status: int) -> int:
-    print(f"ban-fast: {line}", file=sys.stderr)
+    if takes_the_word():
+        print(f"ban-fast: {line}", file=sys.stderr)
     return status

@@ -11,14 +11,15 @@ from typing import Any
 
 from ..config import STUDENT_FOLDERS, Config
 from ..errors import UserError
-from . import flags
+from . import flags, ranks
 from .app import Session
 from .signals import Stopped
 
 
 def train(session: Session, values: flags.Values) -> int:
     """`ban-fast train`; `values` are its flags by parameter name, None or empty where not given."""
-    resume, signals = values["resume"], session.signals
+    signals = session.signals
+    resume = values["resume"] or ranks.is_restarted(values["out"])
     if resume and values["out"] is None:
         raise UserError("--resume needs --out DIR, the directory of the run to continue")
     session.request = flags.resumed(values, Path(values["out"])) if resume else flags.requested(values)
@@ -37,10 +38,16 @@ def train(session: Session, values: flags.Values) -> int:
         try:
             train_all = training.run_together if config.students else training.run
             train_all(config, out=out, resume=resume, observer=watching, should_stop=signals.requested)
+        except training.RankLost as error:
+            where = again if (out / "config.json").exists() else "start it again"
+            raise training.RankLost(f"{error}; the last checkpoint stands: {where}") from error
         except training.Interrupted:
+            signals.follow()
             signals.remark = f" at generation {watching.generation}, step {watching.done:,}: saved; {again}"
             raise Stopped from None
     signals.answer, signals.remark = "raise", " after training had ended"
+    if not ranks.is_first():
+        return 0
     for run in _runs(out, config):
         print_content(table(RunDirectory(run)))
     print(f"plots: ban-fast report {shlex.quote(str(out))}")

@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _LONGEST = 800
 """Letters of a line: timm alone has 25,000 letters of names to choose from."""
+_SECONDS_FOR_THE_CAUSE = 1.0
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -52,6 +54,9 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         place = f"{error.filename}: " if error.filename is not None else ""
         return f"{place}{error.strerror}; {_REMEDIES[error.errno]}", 2
+    if _is_loss_of_a_rank(error):
+        time.sleep(_SECONDS_FOR_THE_CAUSE)  # whoever ended for a reason says that
+        return str(error), 1
     if _out_of_memory(error):
         return (
             "out of memory; a smaller --batch-size needs less, so does --model-option memory=checkpoint (DenseNet)",
@@ -109,6 +114,11 @@ def _out_of_memory(error: BaseException) -> bool:
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
         or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
     )
+
+
+def _is_loss_of_a_rank(error: BaseException) -> bool:
+    training = sys.modules.get("ban_fast.training")
+    return training is not None and isinstance(error, training.RankLost)
 
 
 def _place(error: BaseException) -> str:

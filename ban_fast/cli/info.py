@@ -27,6 +27,7 @@ def lines(data_dir: str | None) -> Iterator[str]:
         ("versions", _versions()),
         ("devices", _devices()),
         ("backends of the losses", _backends()),
+        ("several processes (torchrun)", {"backends": _communication()}),
         (f"datasets, in {root}", _datasets(root, data_dir)),
         ("optional packages", {name: _version(name) for name in _OPTIONAL} | {"ffcv": _ffcv()}),
     ):
@@ -106,6 +107,17 @@ def _auto(device: str) -> str:
     cells = Counter(backend for shapes in measured.fastest.values() for backend in shapes.values())
     count = ", ".join(f"{name} in {number}" for name, number in cells.most_common())
     return f"{count} of {cells.total()} cells, measured {measured.date[:10]} on {measured.machine}"
+
+
+def _communication() -> str:
+    """What processes of one run talk over."""
+    if not torch.distributed.is_available():
+        return "none: this torch is built without torch.distributed"
+    gloo = "gloo for CPUs" if torch.distributed.is_gloo_available() else "no gloo: not in this torch"
+    if not torch.distributed.is_nccl_available():
+        return f"{gloo}; no NCCL for GPUs: not in this torch"
+    version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return f"{gloo}; NCCL {version} for GPUs, {torch.cuda.device_count() or 'none'} here"
 
 
 def _datasets(root: Path, data_dir: str | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from ..config import Config
 from ..report import describe
 from ..training import Observer, Plan
 from .quiet import one_line
+from .ranks import is_first
 from .signals import Signals
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -23,8 +24,10 @@ _SECONDS_BETWEEN_LINES = 15.0
 def narrator(signals: Signals, again: str) -> "Narrator":
     """The kind that suits where output goes: a bar on stderr, or stdout, if that is a terminal; else lines on stdout.
 
-    `again` tells how the run is continued, for a second signal, which leaves at once.
+    `again` tells how the run is continued, for a second signal, which leaves at once. Of several processes one speaks.
     """
+    if not is_first():
+        return Silent(signals, again)
     for stream in (sys.stderr, sys.stdout):
         if stream.isatty() and os.environ.get("TERM") != "dumb":
             return Bar(signals, again, Console(file=stream))
@@ -87,6 +90,13 @@ class Narrator(Observer):
         assert self.plan is not None
         epoch = min(self.done // self.plan.steps_per_epoch + 1, self.plan.epochs)
         return f"{describe.generation(self.generation)}, epoch {epoch} of {self.plan.epochs}"
+
+
+class Silent(Narrator):
+    """Only knows how far training is."""
+
+    def say(self, text: str) -> None:
+        """Rank 0 has said it."""
 
 
 class Lines(Narrator):

@@ -6,6 +6,8 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
+from .ranks import is_first
+
 Answer = Literal["exit", "raise", "ask"]
 
 
@@ -32,6 +34,8 @@ class Signals:
         """What the line says after "stopped by SIGINT"."""
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
+        self._is_silent = not is_first()
+        self._is_elsewhere = False
 
     def __enter__(self) -> "Signals":
         for number in self.STOP:
@@ -45,11 +49,17 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, previous in self._previous.items():
-            signal.signal(number, previous)
+            if signal.getsignal(number) == self._handle:  # not by now ignored, at the end of one of several processes
+                signal.signal(number, previous)
 
     def requested(self) -> bool:
         """Whether the training loop should save and end."""
         return self.received is not None
+
+    def follow(self) -> None:
+        """Training was interrupted: if not by a signal to this process, then by one to another of the same run."""
+        if self.received is None:
+            self.received, self._is_elsewhere = signal.SIGTERM, True
 
     @property
     def status(self) -> int:
@@ -60,7 +70,8 @@ class Signals:
     def line(self) -> str:
         """The one line that is said about it, without "ban-fast: "."""
         assert self.received is not None
-        return f"stopped by {self.received.name}{self.remark}"
+        by = "a signal to another of its processes" if self._is_elsewhere else self.received.name
+        return f"stopped by {by}{self.remark}"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked worker: the parent speaks
@@ -73,5 +84,6 @@ class Signals:
             raise Stopped
         if sys.stderr.isatty():
             os.write(2, b"\x1b[?25h\n")  # the progress bar may have hidden the cursor
-        os.write(2, f"ban-fast: {self.line()}\n".encode())
+        if not self._is_silent:
+            os.write(2, f"ban-fast: {self.line()}\n".encode())
         os._exit(self.status)

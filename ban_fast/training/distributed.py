@@ -111,7 +111,7 @@ class Ranks:
             try:
                 said[0] = work()
             except Exception as error:
-                said[1] = _portable(error)
+                said[1] = portable(error)
                 dist.broadcast_object_list(said)
                 raise
         dist.broadcast_object_list(said)
@@ -130,7 +130,7 @@ class Ranks:
             yield
         except Exception as error:
             own = error
-        problems = self.gather(None if own is None else _portable(own))
+        problems = self.gather(None if own is None else portable(own))
         if own is not None:
             raise own
         for problem in problems:
@@ -185,7 +185,7 @@ def joined(device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         if ranks.is_alone or not _is_loss(error):
             raise
-        raise RankLost(str(error).strip().split("\n")[0]) from error
+        raise RankLost("another process of this run has ended, or can't be reached") from error
     finally:
         ranks.leave()
         if is_ours and dist.get_backend() == "gloo":
@@ -221,7 +221,7 @@ def _is_loss(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in _SIGNS_OF_LOSS)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error as it can travel: itself, or its text where it can't be pickled and made anew."""
     try:
         pickle.loads(pickle.dumps(error))

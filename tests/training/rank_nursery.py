@@ -4,6 +4,7 @@
 gloo group, and leaves what each rank got from it, or its UserError's text, in FOLDER/RANKS/NAME-RANK.pt.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rank_runs import EXACT, KEPT, KEPT_DIGITS, LIVE, RESUMED, interrupted, of_digits, outcome, short
-from small_runs import IMAGES, digits, samples
+from small_runs import IMAGES, StopAt, digits, samples
 from torch.utils.data import DataLoader, TensorDataset
 
 from ban_fast.config import DataConfig
 from ban_fast.errors import UserError
+from ban_fast.training import Interrupted
 
 
 def wrapped() -> DataLoader[Any]:
@@ -47,15 +49,14 @@ JOBS: dict[str, Callable[[Path, int], Any]] = {
     "memory cache": lambda folder, rank: of_digits(digits("ban", teacher=KEPT)),
     "no cache": lambda folder, rank: of_digits(digits("ban", teacher=LIVE)),
     "file cache": lambda folder, rank: of_digits(KEPT_DIGITS, out=folder / "cached"),
+    "file cache, stopped": lambda folder, rank: stopped_cache(folder, rank),
+    "file cache, resumed": lambda folder, rank: of_digits(KEPT_DIGITS, out=folder / "stopped cache", resume=True),
     "auto": lambda folder, rank: of_digits(digits("ban"), out=folder / "auto"),
     "auto, uneven": lambda folder, rank: of_digits(digits("ban", batch_size=15), out=folder / "auto, uneven"),
     "whole": lambda folder, rank: outcome(RESUMED, "dropout", out=folder / "whole"),
     "stopped": lambda folder, rank: interrupted(RESUMED, "dropout", 18 if rank == 1 else 999, folder / "resumed"),
     "resumed": lambda folder, rank: outcome(RESUMED, "dropout", out=folder / "resumed", resume=True),
     "stop in double": lambda folder, rank: interrupted(RESUMED, "plain", 18, folder / "double", double=True),
-    "stop in double again": lambda folder, rank: interrupted(
-        RESUMED, "plain", 18, folder / "double", double=True, resume=True
-    ),
     "double to the end": lambda folder, rank: outcome(RESUMED, "plain", True, out=folder / "double", resume=True),
     "small batch": lambda folder, rank: outcome(short("ban", batch_size=rank_count() - 1), "plain"),
     "single images": lambda folder, rank: outcome(short("ban", batch_size=9, micro_batch_size=1), "plain"),
@@ -67,6 +68,14 @@ JOBS: dict[str, Callable[[Path, int], Any]] = {
         short("ban"), "plain", train=(samples(IMAGES, 0)[0] * float("nan" if rank == 1 else 1), samples(IMAGES, 0)[1])
     ),
 }
+
+
+def stopped_cache(folder: Path, rank: int) -> None:
+    """Stopped in the student's fourth epoch."""
+    with contextlib.suppress(Interrupted):
+        of_digits(KEPT_DIGITS, out=folder / "stopped cache", should_stop=StopAt(54))
+    assert (folder / "stopped cache" / "generation-1" / "state.pt").exists()
+    assert not (folder / "stopped cache" / "generation-1" / "model.safetensors").exists()
 
 
 def rank_count() -> int:

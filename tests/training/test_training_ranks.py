@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from rank_runs import EXACT, KEPT, of_digits, outcome, short
-from small_runs import digits
+from rank_runs import EXACT, KEPT, RESUMED, interrupted, of_digits, outcome, short
+from small_runs import digits, footprint
+
+from ban_fast.errors import OptionError
+from ban_fast.training.distributed import Ranks, portable
 
 NURSERY = Path(__file__).with_name("rank_nursery.py")
 OnRanks = Callable[..., dict[str, list[Any]]]
@@ -103,3 +107,75 @@ def test_a_cache_on_two_ranks(on_ranks: OnRanks, tmp_path: Path) -> None:
     assert found["file cache"][0]["records"][1]["teacher"]["mode"] == "cache"
     assert json.loads((tmp_path / "auto" / "results.json").read_text())["generations"][1]["teacher"]["mode"] == "cache"
     assert found["auto, uneven"][0]["records"][1]["teacher"]["mode"] == "live"
+
+
+@pytest.mark.slow
+def test_a_file_of_a_teachers_rows_outlives_a_stop(on_ranks: OnRanks, tmp_path: Path) -> None:
+    """Rank 0 reads it and gives its rows to the others: none is computed twice, and the bits are the same."""
+    found = on_ranks(2, "file cache", "file cache, stopped", "file cache, resumed")
+    whole, resumed = found["file cache"], found["file cache, resumed"]
+    assert (tmp_path / "stopped cache" / "generation-1" / "model.safetensors").exists()
+    for ours, theirs in zip(resumed[0]["records"], whole[0]["records"], strict=True):
+        assert ours["test"] == theirs["test"]
+        assert ours.get("teacher") == theirs.get("teacher")
+
+
+def test_dropout_on_two_ranks_goes_on_where_it_was(on_ranks: OnRanks, tmp_path: Path) -> None:
+    """Each rank draws masks of its own, and the checkpoint has the generators of both: the same bits."""
+    found = on_ranks(2, "whole", "stopped", "resumed", *REFUSED)
+    assert footprint(tmp_path / "resumed") == footprint(tmp_path / "whole")
+    check_ranks_agree(found["resumed"])
+    states = torch.load(tmp_path / "whole" / "generation-2" / "state.pt", weights_only=True)["random"]
+    assert len(states) == 2
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])
+    for name, message in REFUSED.items():
+        assert all(message in said for said in found[name]), found[name]
+
+
+REFUSED = {
+    "small batch": "batch_size: 1 images can't be shared by 2 processes: use fewer, or a larger batch",
+    "single images": "micro_batch_size: must be at least 2 where 2 processes share 9 images",
+    "DataLoader": "a DataLoader's order is its own affair, and several processes need the same: pass tensors",
+    "text": "is a text, whose streams are trained on in one process: leave torchrun out",
+    "unused": "the network's 1.extra.weight gets no gradient, and the processes wait for each other's: freeze it",
+    "one rank alone": "cifar10",
+    "diverged": "the loss is not finite in generation 0, epoch 1, at step 1: lower --lr",
+}
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_goes_on(on_ranks: OnRanks, tmp_path: Path) -> None:
+    """Two of them, then one, then four: what one process does from beginning to end."""
+    on_ranks(2, "stop in double")
+    interrupted(RESUMED, "plain", 18, tmp_path / "double", double=True, resume=True)
+    (*_, last) = on_ranks(4, "double to the end")["double to the end"]
+    expected = outcome(RESUMED, "plain", double=True)
+    expected["epochs"] = expected["epochs"][-len(last["epochs"]) :]
+    check_equal(last, expected, 1e-12)
+    assert "processes 2 then, 4 now" in last["messages"][0]
+
+
+def test_a_machine_with_fewer_gpus_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    ranks = Ranks(5, 8, local_rank=1, local_size=4)
+    assert ranks.device(cpu) == cpu
+    assert Ranks().device(cuda) == cuda
+    with pytest.raises(OptionError, match=r"4 processes were started on a machine with 2 GPUs.*--nproc-per-node 2"):
+        ranks.device(cuda)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert Ranks(5, 8, local_rank=1, local_size=2).device(cuda) == torch.device("cuda", 1)
+    assert chosen == [1]
+
+
+def test_errors_travel() -> None:
+    """From the rank that met them to the others, as what they are."""
+
+    class Local(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(one + two)
+
+    option = pickle.loads(pickle.dumps(portable(OptionError("batch_size", "is wrong"))))
+    assert (type(option), str(option), option.field) == (OptionError, "batch_size: is wrong", "batch_size")
+    assert str(pickle.loads(pickle.dumps(portable(Local(1, 2))))) == "Local: 3"

@@ -1,0 +1,190 @@
+"""The command under torchrun: processes that share a run, one that speaks, and what remains when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from cli_calls import SMALL
+
+from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig
+
+NETWORK = """
+import os, time
+from pathlib import Path
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        Path(f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+    def forward(self, x):
+        time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
+        return self.layers(x)
+"""
+
+Torchrun = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Torchrun:
+    """torchrun with its options before "--", the command's after, as a process, in a directory with a slow network."""
+    (tmp_path / "slow.py").write_text(NETWORK)
+    settings = Config(
+        data=DataConfig(limit_train=128, limit_test=64),
+        model=ModelConfig(name="slow:Slow"),
+        optimizer=OptimizerConfig(lr=0.05),
+        generations=1,
+        epochs=5,
+        batch_size=16,
+        checkpoint_seconds=0.0,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
+
+    def start(*words: str, ranks: int = 2, seconds: float = 0.0) -> "subprocess.Popen[str]":
+        cut = words.index("--")
+        options = ("--nproc-per-node", str(ranks), *words[:cut])
+        if "--rdzv-endpoint" not in options:
+            options = ("--master-port", str(free_port()), *options)
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, "-m", "ban_fast", *words[cut + 1 :]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "STEP_SECONDS": str(seconds)},
+        )
+
+    return start
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[str, list[str], str]:
+    """What it printed; the command's lines on stderr; all of stderr, with torchrun's report."""
+    out, err = process.communicate(timeout=240)
+    return out, [line for line in err.splitlines() if line.startswith("ban-fast: ")], err
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def kill(rank: int, number: signal.Signals, process: "subprocess.Popen[str]", directory: Path) -> None:
+    """Send a rank a signal, when there is a checkpoint of a student to go on from."""
+    wait_for((directory / "run" / "generation-1" / "state.pt").exists, process)
+    os.kill(int((directory / f"pid-{rank}").read_text()), number)
+
+
+def weights(directory: Path) -> list[dict[str, torch.Tensor]]:
+    return [safetensors.torch.load_file(directory / f"generation-{n}" / "model.safetensors") for n in range(2)]
+
+
+def check_same(found: Path, expected: Path) -> None:
+    """To rounding: a gradient summed in another order, 60 steps on."""
+    for ours, theirs in zip(weights(found), weights(expected), strict=True):
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_mistake_is_said_once_and_ends_all(torchrun: Torchrun, tmp_path: Path) -> None:
+    out, lines, err = ended(torchrun("--", "train", *SMALL, "--batch-size", "1", "--out", "run"))
+    assert lines == ["ban-fast: --batch-size: 1 images can't be shared by 2 processes: use fewer, or a larger batch"]
+    assert out == ""
+    assert re.findall(r"exitcode +: (-?\d+)", err) == ["2", "2"], err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_and_one_process_goes_on(torchrun: Torchrun, tmp_path: Path) -> None:
+    """Two processes, then one, then four: the weights of one process from beginning to end."""
+    process = torchrun("--", "train", "--config", "config.json", "--out", "run", seconds=0.03)
+    kill(1, signal.SIGTERM, process, tmp_path)
+    _, lines, _ = ended(process)
+    (line,) = lines
+    assert re.search(
+        r"stopped by (SIGTERM|a signal to another of its processes) at generation 1, step \d+: saved", line
+    )
+    command = [sys.executable, "-m", "ban_fast", "train"]
+    resume = ["--out", "run", "--resume"]
+    alone = subprocess.Popen(
+        [*command, *resume], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "STEP_SECONDS": "0.05"}
+    )
+    state = tmp_path / "run" / "generation-1" / "state.pt"
+    before = state.stat().st_ino
+    wait_for(lambda: state.stat().st_ino != before, alone)
+    alone.send_signal(signal.SIGINT)
+    assert "resumed on another footing (processes 2 then, 1 now" in alone.communicate(timeout=120)[0]
+    out, lines, err = ended(torchrun("--", "train", *resume, ranks=4))
+    assert (lines, "BAN-1" in out) == ([], True), err
+    subprocess.run(
+        [*command, "--config", "config.json", "--out", "whole"], cwd=tmp_path, check=True, capture_output=True
+    )
+    check_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_killed_ends_the_run_with_a_line(torchrun: Torchrun, tmp_path: Path, rank: int) -> None:
+    process = torchrun("--", "train", "--config", "config.json", "--out", "run", seconds=0.03)
+    kill(rank, signal.SIGKILL, process, tmp_path)
+    _, lines, _ = ended(process)
+    assert lines == [
+        "ban-fast: another process of this run has ended, or can't be reached; the last checkpoint stands: "
+        "continue with `ban-fast train --out run --resume`"
+    ]
+    out, lines, err = ended(torchrun("--", "train", "--out", "run", "--resume"))
+    assert (lines, "BAN-1" in out) == ([], True), err
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed(torchrun: Torchrun, tmp_path: Path) -> None:
+    words = ("train", "--config", "config.json", "--out")
+    process = torchrun("--max-restarts", "1", "--", *words, "run", seconds=0.03)
+    kill(1, signal.SIGKILL, process, tmp_path)
+    out, _, err = ended(process)
+    assert process.returncode == 0, err
+    assert "BAN-1" in out
+    ended(torchrun("--", *words, "whole"))
+    check_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_machines(torchrun: Torchrun, tmp_path: Path) -> None:
+    """Two agents that find each other by a rendezvous on the loopback, one process each."""
+    meeting = (
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "1",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{free_port()}",
+    )
+    words = (*meeting, "--local-addr", "127.0.0.1", "--", "train", "--config", "config.json", "--out", "run")
+    agents = [torchrun(*words, ranks=1) for _ in range(2)]
+    ends = [ended(agent) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert sorted("BAN-1" in out for out, _, _ in ends) == [False, True]
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
+    ended(torchrun("--", "train", "--config", "config.json", "--out", "whole"))
+    check_same(tmp_path / "run", tmp_path / "whole")

@@ -90,6 +90,8 @@ def check_cache(config: Config, task: Task, home: Path | None, resume: bool = Fa
             "a DataLoader's samples may be augmented in endless ways, and can't be told apart: pass tensors or use "
             "one of ban_fast's datasets, or use live",
         )
+    if config.teacher.cache_fill == "ahead" and not task.ranks.is_alone:
+        raise OptionError("teacher.cache_fill", "several processes fill a cache together while they train; use lazy")
     named = config.teacher.cache_directory
     if named is not None:
         place = Path(named)

@@ -20,7 +20,7 @@ from rank_runs import EXACT, KEPT, KEPT_DIGITS, LIVE, RESUMED, interrupted, of_d
 from small_runs import IMAGES, StopAt, digits, samples
 from torch.utils.data import DataLoader, TensorDataset
 
-from ban_fast.config import DataConfig
+from ban_fast.config import DataConfig, TeacherConfig
 from ban_fast.errors import UserError
 from ban_fast.training import Interrupted
 
@@ -61,6 +61,7 @@ JOBS: dict[str, Callable[[Path, int], Any]] = {
     "small batch": lambda folder, rank: outcome(short("ban", batch_size=rank_count() - 1), "plain"),
     "single images": lambda folder, rank: outcome(short("ban", batch_size=9, micro_batch_size=1), "plain"),
     "DataLoader": lambda folder, rank: outcome(short("ban"), "plain", train=wrapped()),
+    "ahead": lambda folder, rank: of_digits(digits(teacher=TeacherConfig(mode="cache", cache_fill="ahead"))),
     "text": lambda folder, rank: of_digits(digits(data=DataConfig(name="ptb"))),
     "unused": lambda folder, rank: outcome(short("ban"), "unused"),
     "one rank alone": on_one_rank_alone,

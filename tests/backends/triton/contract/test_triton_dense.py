@@ -11,11 +11,12 @@ from torch.utils._pytree import tree_leaves
 from triton_dense_cases import Widths
 
 import ban_fast.ops.dense_block  # noqa: F401 (it registers the operators)
-from ban_fast.backends import dense_block
+from ban_fast.backends import dense_block, dense_dispatch
 from ban_fast.backends.dense_interface import Need
 from ban_fast.backends.dense_shape import Norm
 from ban_fast.backends.triton import dense
 from ban_fast.backends.triton.dense import passes, statistics
+from ban_fast.models import DenseNet
 
 CLOSE = 4e-6
 """Of fp32: sums of up to a few hundred terms, each rounded to 6e-8, through up to seven convolutions each way."""
@@ -222,3 +223,23 @@ def test_the_layout_is_what_compiled_graphs_are_told(exit_width: int, device: to
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         wide = [i for i, size in enumerate(a.shape) if size > 1]
         assert [a.stride(i) for i in wide] == [b.stride(i) for i in wide], a.shape
+
+
+def test_a_network_trains_as_plain_does(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through models and operators: two steps' logits, then weights and running statistics."""
+    monkeypatch.setattr(dense_dispatch, "_serving", lambda x: dense if x.dtype == torch.float32 else dense_block)
+    results = []
+    for memory, dtype in (("plain", torch.float64), ("shared", torch.float32)):
+        torch.manual_seed(0)
+        network = DenseNet([2, 1], [4, 5], 8, num_classes=5, memory=memory).to(device, dtype)
+        optimizer = torch.optim.SGD(network.parameters(), 0.05)
+        for seed in range(2):
+            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+            logits = network(x)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits, torch.arange(4, device=device)).backward()
+            optimizer.step()
+        results.append([logits.detach(), *network.state_dict().values()])
+    for exact, found in zip(*results, strict=True):
+        # Some roundings of 6e-8 of values up to 1, through four layers of batch norm over 64 to 256 values, twice.
+        torch.testing.assert_close(found.to(exact.dtype), exact, rtol=1e-4, atol=2e-5)

@@ -69,6 +69,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["train", "--teacher", "live", "--cache-dtype", "bf16"],
         ["--cache-dtype: a live teacher has no cache; leave it out"],
     ),
+    "cache fill": (["train", "--cache-fill", "lay"], ["--cache-fill: unknown value 'lay'; did you mean 'lazy'?"]),
+    "filling no cache": (
+        ["train", "--teacher", "live", "--cache-fill", "ahead"],
+        ["--cache-fill: a live teacher has no cache; leave it out"],
+    ),
     "cache in a file": (["train", "--cache-dir", "/dev/null"], ["--cache-dir: /dev/null is not a directory"]),
     "empty cache": (["train", "--cache-dir", ""], ["--cache-dir must not be empty"]),
     "students": (["train", "--students", "ban,bann"], ["--students: unknown value 'bann'; did you mean 'ban'?"]),

@@ -8,6 +8,7 @@ from benchmarks.harness import quantiles
 Record = dict[str, Any]
 NAIVE, COMPOSED = "naive loop", "best composed"
 LIVE, CACHED, SUPERVISED = "ours, teacher live", "ours, teacher cached", "ours, supervised"
+COMPILED, EAGER = "ours, cached, step compile", "ours, cached, step eager"
 PARTS = ("loader", "loss", "teacher", "student")
 
 

@@ -4,20 +4,15 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import run, step, step_figures
+from benchmarks import run, step, step_figures, trainers
 from benchmarks.test_losses import Replay
 
 REPLAY = Replay()
 CASES = step.cases(run.device())
 measure = cache(step.measure_apart)
-NAMES = (
-    step_figures.NAIVE,
-    step_figures.COMPOSED,
-    step_figures.LIVE,
-    step_figures.CACHED,
-    step_figures.SUPERVISED,
-)
+NAMES = tuple(trainers.trainers(torch.device(run.device())))
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -16,18 +16,17 @@ from ban_fast.config import Config, ObjectiveConfig, OptimizerConfig
 from ban_fast.data import Augmentation, Batch, Split, open_loader
 from ban_fast.data.cifar import MEAN, STD
 from ban_fast.training.cache_store import MemoryRows
-from ban_fast.training.compiled import compiled
 from ban_fast.training.evaluator import Evaluator, ImageEvaluator
 from ban_fast.training.generations import never
 from ban_fast.training.learner import Learner, autocast
 from ban_fast.training.loop import Loop
 from ban_fast.training.observer import Observer
-from ban_fast.training.reader import Forward, Reader
+from ban_fast.training.reader import Forward
 from ban_fast.training.task import Task
 from ban_fast.training.teacher import LiveTeacher, Teacher
 from ban_fast.training.teacher_cache import CachedTeacher
 from benchmarks.loaders import PADDING, torchvision_loader
-from benchmarks.step_figures import CACHED, COMPOSED, LIVE, NAIVE, SUPERVISED, Case
+from benchmarks.step_figures import CACHED, COMPILED, COMPOSED, EAGER, LIVE, NAIVE, SUPERVISED, Case
 
 CLASSES = 100
 # A rate that hardly moves the weights: random labels must not lead anyone to numbers that are slow to compute with.
@@ -134,9 +133,16 @@ class Ours(Trainer):
     """ban_fast's own loop and learner, as `ban-fast train` runs them."""
 
     def __init__(
-        self, case: Case, split: Split, device: torch.device, *, objective: str = "ban", cached: bool = False
+        self,
+        case: Case,
+        split: Split,
+        device: torch.device,
+        *,
+        objective: str = "ban",
+        cached: bool = False,
+        step: str = "auto",
     ) -> None:
-        self._objective, self._cached = objective, cached
+        self._objective, self._cached, self._step = objective, cached, step
         super().__init__(case, split, device)
 
     def _options(self, case: Case) -> dict[str, Any]:
@@ -151,6 +157,7 @@ class Ours(Trainer):
             batch_size=self.case.batch,
             amp="bf16" if on_gpu else "off",
             channels_last=True,
+            step=self._step,
         )
         for network in (self.network, self.teacher_network):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -183,9 +190,6 @@ class Ours(Trainer):
     def _task(self) -> Task:
         """What a learner is told of its data and network: nothing is evaluated, and no other network is built."""
 
-        def reader(network: nn.Module) -> Reader:
-            return Forward(compiled(network) if self._config.compile else network)
-
         def evaluator(seed: int, should_stop: Callable[[], bool]) -> Evaluator:
             return ImageEvaluator({}, self.device, seed, should_stop)
 
@@ -193,7 +197,7 @@ class Ours(Trainer):
             device=self.device,
             train=lambda seed: self._loader,
             evaluator=evaluator,
-            reader=reader,
+            reader=Forward,
             factory=lambda: self.network,
             channels_last=self._config.channels_last,
             shape={},
@@ -287,5 +291,8 @@ def trainers(device: torch.device) -> dict[str, Maker]:
         COMPOSED: Composed,
         LIVE: Ours,
         CACHED: lambda *which: Ours(*which, cached=True),
+        COMPILED: lambda *which: Ours(*which, cached=True, step="compile"),
+        # On a CPU it is what "auto" comes to.
+        **({EAGER: lambda *which: Ours(*which, cached=True, step="eager")} if device.type == "cuda" else {}),
         SUPERVISED: lambda *which: Ours(*which, objective="label"),
     }

@@ -171,6 +171,8 @@ def _grow_generation(
         names = ", ".join(learner.objective_name for learner in learners)
         first = min(learners, key=lambda learner: learner.step)
         observer.generation_started(number, names, first.total_steps, first.step)
+        if (said := first.steps.sentence(config, task.device)) is not None:
+            observer.message(said)
         if config.teacher.cache_fill == "ahead":
             _fill(number, loader, learners, config, observer, should_stop)
         Loop(learners, observer, should_stop).run()

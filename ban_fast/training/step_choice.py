@@ -19,6 +19,12 @@ class StepChoice(NamedTuple):
     """"eager", "compile" or "graph"."""
     reason: str
 
+    def sentence(self, config: Config, device: torch.device) -> str | None:
+        """What to say of it: where there was a choice, or it is not what was asked for."""
+        if self.reason == "asked for" or (config.steps == "auto" and device.type != "cuda"):
+            return None
+        return f"steps: {self.mode}, as {self.reason}"
+
     def record(self) -> dict[str, str]:
         """What results.json says of it."""
         return self._asdict()

@@ -36,6 +36,7 @@ class WholeStep:
         self._epoch = [torch.zeros(shape, dtype=torch.int64, device=learner.device) for _ in range(4)]
         self._rates = torch.zeros(shape[0], dtype=learner.rate.dtype, device=learner.device)
         self._place = torch.zeros(1, dtype=torch.int64, device=learner.device)
+        self._ahead: int | None = None
 
     def begin(self, epoch: int, first: int) -> None:
         """Go on with batch `first` of an epoch."""
@@ -48,6 +49,9 @@ class WholeStep:
         self._place.fill_(first)
         for group in learner.optimizer.param_groups:
             group["lr"] = learner.rate
+        # A teacher that keeps nothing has nothing to prepare.
+        teacher = learner.teacher
+        self._ahead = teacher.ahead(self._batch(first)) if teacher is not None and teacher.addresses() else None
 
     def prepare(self, number: int, last: int) -> int:
         """Let the teacher see batches from `number` on that it does not know yet; for how many that was seen to.
@@ -55,10 +59,9 @@ class WholeStep:
         On a GPU this waits for it, once in all these batches, where a teacher keeps what it said.
         """
         learner, teacher = self._learner, self._learner.teacher
-        if teacher is None:
+        if teacher is None or self._ahead is None:
             return last - number
-        ahead = teacher.ahead(self._batch(number))
-        count = min(ahead - number % ahead, last - number)
+        count = min(self._ahead - number % self._ahead, last - number)
         _, _, ids, views = (kept[number : number + count].flatten() for kept in self._epoch)
         if teacher.lacks(ids, views):
             with autocast(learner.config, learner.device):
@@ -100,6 +103,10 @@ class Recorded:
 
     def __call__(self) -> None:
         """The next step. NotRecorded where this is the first replay, and no replay can be."""
+        addresses = self._addresses()
+        if addresses != self._recorded_at:
+            # The memory of a graph goes before another's is taken; kernels may be made anew for a table of another size.
+            self._graph, self._recorded_at, self._warm_ups = None, addresses, max(self._warm_ups, 1)
         if self._warm_ups:
             self._warm_ups -= 1
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -107,10 +114,8 @@ class Recorded:
                 self._step()
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             return
-        addresses = self._addresses()
-        if self._graph is None or addresses != self._recorded_at:
-            self._graph = None  # its memory goes before another's is taken
-            self._graph, self._recorded_at = self._record(), addresses
+        if self._graph is None:
+            self._graph = self._record()
         self._graph.replay()
 
     def _record(self) -> torch.cuda.CUDAGraph:

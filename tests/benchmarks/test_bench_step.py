@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import machine, step, step_figures, targets, trainers
-from benchmarks.step_figures import CACHED, COMPOSED, LIVE, NAIVE, SUPERVISED, Case, Record
+from benchmarks.step_figures import CACHED, COMPILED, COMPOSED, LIVE, NAIVE, SUPERVISED, Case, Record
 
-SMALL = Case("wrn-10-1", 4)
+SMALL, CPU = Case("wrn-10-1", 4), torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,11 @@ def record() -> Record:
     everyone = trainers.trainers
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BAN_FAST_DATA", raising=False)
-        patch.setattr(step, "trainers", lambda device: {k: v for k, v in everyone(device).items() if k != COMPOSED})
+        patch.setattr(
+            step,
+            "trainers",
+            lambda device: {k: v for k, v in everyone(device).items() if k not in (COMPOSED, COMPILED)},
+        )
         return step.measure(SMALL, "cpu", rounds=2)
 
 
@@ -97,5 +101,5 @@ def test_command_line(tmp_path) -> None:
     done = subprocess.run([*command, "--json", str(path)], cwd=machine.ROOT, capture_output=True, text=True, check=True)
     assert "wrn-10-1, batch 4" in done.stdout
     (record,) = json.loads(path.read_text())["steps"]
-    assert list(record["trainers"]) == [NAIVE, COMPOSED, LIVE, CACHED, SUPERVISED]
+    assert list(record["trainers"]) == [NAIVE, COMPOSED, LIVE, CACHED, COMPILED, SUPERVISED]
     assert all(len(entry["laps_s"]) == 2 for entry in record["trainers"].values())

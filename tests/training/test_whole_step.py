@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import STEPS, Recorder, StopAt, config, digits, footprint, own
+from small_runs import STEPS, Recorder, StopAt, config, digits, footprint, network, own
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ban_fast.config import Config, TeacherConfig
-from ban_fast.data import KeyedLoader, MemoryLoader
+from ban_fast.data import KeyedLoader, MemoryLoader, TensorLoader
 from ban_fast.errors import OptionError
 from ban_fast.training import Interrupted, learner, run, step_choice, whole_step
 from ban_fast.training.learner import Learner
@@ -228,6 +228,33 @@ def test_graph_where_all_is_on_the_device() -> None:
 
     choice = choose_step(config(), GPU, memory_loader(), OnTheHost())  # type: ignore[arg-type]
     assert choice == StepChoice("eager", "the teacher's rows are not in the device's memory")
+
+
+def test_what_is_said_of_the_choice() -> None:
+    """Where there was one: on a GPU, or where the answer is not what was asked for."""
+    no_gpu = StepChoice("eager", "a CUDA graph needs a GPU, and this run is on the CPU")
+    assert no_gpu.sentence(config(), CPU) is None
+    assert StepChoice("graph", "asked for").sentence(config(step="graph"), GPU) is None
+    chosen = StepChoice("graph", "all parts of a step are on the device")
+    assert chosen.sentence(config(), GPU) == "steps: graph, as all parts of a step are on the device"
+    rows = StepChoice("eager", "the teacher's rows are not in the device's memory")
+    assert rows.sentence(config(step="graph"), GPU) == f"steps: eager, as {rows.reason}"
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_live_teacher_sees_each_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is gathered for a teacher that keeps nothing."""
+    gathered = 0
+    real = TensorLoader.gather
+
+    def gather(*arguments: Any) -> Any:
+        nonlocal gathered
+        gathered += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(TensorLoader, "gather", gather)
+    run(config(teacher=TeacherConfig(mode="live")), model=network, train=own()["train"])
+    assert gathered == 3 * STEPS
 
 
 def test_no_two_settings_that_fight() -> None:

@@ -105,7 +105,7 @@ class Recorded:
         """The next step. NotRecorded where this is the first replay, and no replay can be."""
         addresses = self._addresses()
         if addresses != self._recorded_at:
-            # The memory of a graph goes before another's is taken; kernels may be made anew for a table of another size.
+            # A graph's memory goes before another's is taken; kernels may be made anew for a table of another size.
             self._graph, self._recorded_at, self._warm_ups = None, addresses, max(self._warm_ups, 1)
         if self._warm_ups:
             self._warm_ups -= 1

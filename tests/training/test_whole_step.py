@@ -3,7 +3,8 @@
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,67 @@ def test_a_wait_would_be_seen() -> None:
         torch.ones(3)[0].item()
         torch.ones(3).nonzero()
     assert watch.names & WAITING == {"_local_scalar_dense", "nonzero"}
+
+
+# Recording, with a device that only takes notes
+
+
+class Notes:
+    """In the place of torch.cuda: what happened, in order."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.fails = False
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        notes = self
+
+        class Stream:
+            def __init__(self, *_: Any) -> None: ...
+
+            def wait_stream(self, other: Any) -> None: ...
+
+        class Graph:
+            def replay(self) -> None:
+                notes.lines.append("replay")
+
+        @contextmanager
+        def graph(*_: Any, **__: Any) -> Iterator[None]:
+            notes.lines.append("record")
+            if notes.fails:
+                raise RuntimeError("operation not permitted\nand more")
+            yield
+
+        for name, fake in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", graph)):
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+        patch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
+
+
+def test_it_warms_up_records_replays_and_records_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, place = Notes(), [1]
+    notes.install(monkeypatch)
+    step = whole_step.Recorded(lambda: notes.lines.append("step"), lambda: tuple(place), GPU)
+    for _ in range(5):
+        step()
+    assert notes.lines == ["step"] * whole_step.WARM_UPS + ["record", "step", "replay", "replay"]
+    notes.lines.clear()
+    place[0] = 2  # the table has moved
+    for _ in range(3):
+        step()
+    assert notes.lines == ["step", "record", "step", "replay", "replay"]
+
+
+def test_what_can_not_be_recorded_says_why_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = Notes()
+    notes.install(monkeypatch)
+    notes.fails = True
+    step = whole_step.Recorded(lambda: notes.lines.append("step"), tuple, GPU)
+    for _ in range(whole_step.WARM_UPS):
+        step()
+    with pytest.raises(whole_step.NotRecorded, match=r"^operation not permitted$"):
+        step()
+    assert notes.lines == ["step"] * whole_step.WARM_UPS + ["record"]
 
 
 # What can't be recorded

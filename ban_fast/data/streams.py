@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from .loaders import Batch
+from .loaders import WHOLE, Batch, Shard
 
 IGNORED = -100
 """The target where a stream has ended: the losses' default ignore_index."""
@@ -86,7 +86,7 @@ class TextLoader:
 
     `Batch.images` is a window's tokens, int64 [T, B]; its other tensors have a row for each of them, [T * B], place by
     place: the token that follows as label (IGNORED past the text's end), and as sample id where it stands, which is the
-    same in every epoch.
+    same in every epoch. A `shard` has some of the streams, side by side as ever, each as long as in the whole.
     """
 
     exact_resume = True
@@ -99,23 +99,26 @@ class TextLoader:
         length: int = 35,
         training: bool = True,
         device: str | torch.device = "cpu",
+        shard: Shard = WHOLE,
     ) -> None:
         self._streams = StreamLoader(text, batch_size=batch_size, length=length, training=training, device=device)
         self.steps_per_epoch = self._streams.steps_per_epoch
         self.sample_shape = (length,)
         self.num_classes_hint = int(text.max()) + 1
+        self.shard = shard
+        self._own = shard.cut(slice(0, batch_size))
 
     def __len__(self) -> int:
-        """Tokens that are predicted in an epoch."""
+        """Tokens that are predicted in an epoch, by all shards together."""
         return self._streams.targets_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The windows from number `start` on, in the text's order."""
-        streams = self._streams.batch_size
         for window in self._streams.epoch(start):
-            targets = window.targets.flatten()
-            ids = torch.arange(len(targets), device=targets.device) + window.first * streams
-            yield Batch(window.tokens, targets, ids, torch.zeros_like(ids))
+            places = torch.arange(window.targets.numel(), device=window.targets.device).view_as(window.targets)
+            ids = (places + window.first * self._streams.batch_size)[:, self._own].flatten()
+            targets = window.targets[:, self._own].flatten()
+            yield Batch(window.tokens[:, self._own].contiguous(), targets, ids, torch.zeros_like(ids))
 
 
 def _streams(values: Tensor, batch: int, places: int, filling: int) -> Tensor:  # [P] -> [places, batch]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ban_fast.data import IGNORED, StreamLoader, TextLoader, load_corpus
+from ban_fast.data import IGNORED, Shard, StreamLoader, TextLoader, load_corpus
 from ban_fast.errors import OptionError
 
 TEXT = torch.arange(1000)
@@ -114,3 +114,15 @@ def test_windows_as_the_training_loop_takes_batches(training: bool) -> None:
     )
     assert loader.sample_shape == (7,)
     assert loader.num_classes_hint == 1000
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shards_are_streams(count: int) -> None:
+    """Each has columns of every window, with the ids that they have in the whole."""
+    options: dict[str, Any] = {"batch_size": 6, "length": 7}
+    shards = [TextLoader(TEXT, shard=Shard(number, count), **options).epoch(0) for number in range(count)]
+    for whole, *parts in zip(TextLoader(TEXT, **options).epoch(0), *shards, strict=True):
+        assert torch.equal(torch.cat([part.images for part in parts], 1), whole.images)
+        for name in ("labels", "sample_ids", "views"):
+            columns = [getattr(part, name).view(7, 6 // count) for part in parts]
+            assert torch.equal(torch.cat(columns, 1).flatten(), getattr(whole, name))

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from .distributed import ALONE, Ranks
 
 
 class Reader(Protocol):
@@ -49,11 +52,12 @@ class Forward:
 class Carried:
     """A recurrent network, `network(tokens [T, B], state) -> (logits [T, B, V], state)`, along a text.
 
-    The state goes from each window to the next and no gradient goes with it; None, the start of a text, at first.
+    The state goes from each window to the next and no gradient goes with it; None, the start of a text, at first. Its
+    tensors have the streams as their second dimension, of which each of several ranks has as many.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    def __init__(self, network: nn.Module, ranks: Ranks = ALONE) -> None:
+        self._network, self._ranks = network, ranks
         self._state: Any = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -68,13 +72,21 @@ class Carried:
         self._state = None
 
     def state(self) -> Any:
-        """The state after the last window."""
-        return self._state
+        """The state after the last window, of all ranks' streams side by side. All ranks ask."""
+        if self._ranks.is_alone or self._state is None:
+            return self._state
+        return _together(self._ranks.gather(_each(self._state, Tensor.cpu)))
 
     def restore(self, state: Any) -> None:
-        """Go on from a `state`, moved to where the network is."""
-        device = next(self._network.parameters()).device
-        self._state = _each(state, lambda tensor: tensor.to(device))
+        """Go on from a `state`, of however many ranks, with this one's streams, moved to where the network is."""
+        device, ranks = next(self._network.parameters()).device, self._ranks
+
+        def own(tensor: Tensor) -> Tensor:
+            if not ranks.is_alone:
+                tensor = tensor[:, ranks.shard.cut(slice(0, tensor.shape[1]))].contiguous()
+            return tensor.to(device)
+
+        self._state = _each(state, own)
 
 
 def _each(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -84,3 +96,13 @@ def _each(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(state, dict):
         return {name: _each(part, change) for name, part in state.items()}
     return change(state) if isinstance(state, Tensor) else state
+
+
+def _together(states: list[Any]) -> Any:
+    """Of states alike but for their streams, all of these."""
+    first = states[0]
+    if isinstance(first, tuple):
+        return tuple(_together(list(parts)) for parts in zip(*states, strict=True))
+    if isinstance(first, dict):
+        return {name: _together([state[name] for state in states]) for name in first}
+    return torch.cat(states, 1) if isinstance(first, Tensor) else first

@@ -155,7 +155,8 @@ def _reason_for_live(
     """Why a teacher that may be cached is not, if so; whether kept logits would be the live ones to the bit."""
     is_auto, is_exact = config.teacher.mode == "auto", config.teacher.cache_dtype == "fp32"
     if task.views is None:
-        return "what a DataLoader serves can't be told apart", False
+        several = "several processes keep no outputs of a text"
+        return several if task.is_fixed else "what a DataLoader serves can't be told apart", False
     if is_auto and before == "live":
         return "as this generation began", False
     if _may_change(config, before) and (reason := _too_large(config, task, home, False, frozen.fingerprint)):

@@ -9,6 +9,7 @@ from .. import data, models
 from ..config import Config, DataConfig, ModelConfig
 from ..data import Corpus, Level, TextLoader
 from ..errors import OptionError, UserError
+from .distributed import ALONE, Ranks
 from .reader import Carried
 from .seeds import isolated
 from .step_choice import COMPILE
@@ -22,12 +23,15 @@ Letters = tuple[Tensor, int]
 """The words of a vocabulary as characters, [V, window], and how many characters there are."""
 
 
-def text_task(config: Config, device: torch.device, model: ModelFactory | None) -> Task:
+def text_task(config: Config, device: torch.device, model: ModelFactory | None, ranks: Ranks = ALONE) -> Task:
     """Read the text, build the network once to see that it fits, and change nothing on disk."""
     _refuse_what_is_for_images(config)
+    _check_shards(config, ranks)
     level: Level = "character" if config.text.level == "character" else "word"
     corpus = data.load_corpus(config.data.name, directory=config.data.directory, level=level)
-    train = TextLoader(corpus.train, batch_size=config.batch_size, length=config.text.window, device=device)
+    train = TextLoader(
+        corpus.train, batch_size=config.batch_size, length=config.text.window, device=device, shard=ranks.shard
+    )
     evaluation = {
         name: TextLoader(text, batch_size=1, length=EVALUATION_WINDOW, training=False, device=device)
         for name, text in (("test", corpus.test), (TextEvaluator.validation, corpus.valid))
@@ -40,11 +44,17 @@ def text_task(config: Config, device: torch.device, model: ModelFactory | None) 
         _check_outputs(network, words, device)
     if trainable_parameters(network) == 0:
         raise UserError("the network has no parameter that requires a gradient: nothing to train")
+    views = Views(
+        samples=train.steps_per_epoch * rows_per_step,
+        each=1,
+        description=f"windows of {config.text.window} of {config.batch_size} streams",
+        fingerprint=lambda: hash_of([corpus.train], "tokens"),
+    )
     return Task(
         device=device,
         train=lambda seed: train,
-        evaluator=lambda seed, should_stop: TextEvaluator(dict(evaluation), device, seed, should_stop),
-        reader=Carried,
+        evaluator=lambda seed, should_stop: TextEvaluator(dict(evaluation), device, seed, should_stop, ranks),
+        reader=lambda network: Carried(network, ranks),
         factory=factory,
         channels_last=False,
         shape={
@@ -59,17 +69,24 @@ def text_task(config: Config, device: torch.device, model: ModelFactory | None) 
         },
         structure=structure(network),
         has_batch_norm=False,
-        views=Views(
-            samples=train.steps_per_epoch * rows_per_step,
-            each=1,
-            description=f"windows of {config.text.window} of {config.batch_size} streams",
-            fingerprint=lambda: hash_of([corpus.train], "tokens"),
-        ),
+        views=views if ranks.is_alone else None,
         unit="tokens",
         rows_per_step=rows_per_step,
         is_fixed=True,
+        ranks=ranks,
         loss_factor=float(config.text.window) if config.text.over_time == "sum" else 1.0,
     )
+
+
+def _check_shards(config: Config, ranks: Ranks) -> None:
+    """OptionError for streams that these processes can't share, or outputs that they don't keep."""
+    if config.batch_size % ranks.size:
+        raise OptionError(
+            "batch_size",
+            f"{config.batch_size} streams can't be shared evenly by {ranks.size} processes: use a multiple of that",
+        )
+    if not ranks.is_alone and config.teacher.mode == "cache":
+        raise OptionError("teacher.mode", "several processes keep no outputs of a text: use live, or one process")
 
 
 def language_model(config: ModelConfig, words: int, letters: Letters | None) -> ModelFactory:

@@ -29,12 +29,7 @@ def make_task(
     UserError where they don't fit each other, or where an option is for data of the other kind.
     """
     if train is None and _is_text(config):
-        if not ranks.is_alone:
-            raise OptionError(
-                "data.name",
-                f"{config.data.name} is a text, whose streams are trained on in one process: leave torchrun out",
-            )
-        return text_task(config, device, model)
+        return text_task(config, device, model, ranks)
     for field in dataclasses.fields(TextConfig):
         if getattr(config.text, field.name) != field.default:
             raise OptionError(f"text.{field.name}", f"is for texts, and {config.data.name} is images; leave it out")

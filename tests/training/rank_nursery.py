@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_runs import EXACT, KEPT, KEPT_DIGITS, LIVE, RESUMED, interrupted, of_digits, outcome, short
+from rank_runs import EXACT, KEPT, KEPT_DIGITS, LIVE, RESUMED, interrupted, of_digits, of_text, outcome, short
 from small_runs import IMAGES, StopAt, digits, samples
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,7 +62,15 @@ JOBS: dict[str, Callable[[Path, int], Any]] = {
     "single images": lambda folder, rank: outcome(short("ban", batch_size=9, micro_batch_size=1), "plain"),
     "DataLoader": lambda folder, rank: outcome(short("ban"), "plain", train=wrapped()),
     "ahead": lambda folder, rank: of_digits(digits(teacher=TeacherConfig(mode="cache", cache_fill="ahead"))),
-    "text": lambda folder, rank: of_digits(digits(data=DataConfig(name="ptb"))),
+    "text": lambda folder, rank: of_text(folder, double=True),
+    "text by cwtm": lambda folder, rank: of_text(folder, double=True, settings={"objective": "cwtm"}),
+    "text, whole": lambda folder, rank: of_text(folder, out=folder / "whole text"),
+    "text, stopped": lambda folder, rank: stopped_text(folder, rank),
+    "text, resumed": lambda folder, rank: of_text(folder, out=folder / "text", resume=True),
+    "text, stopped in double": lambda folder, rank: stopped_text(folder, rank, double=True),
+    "text, double to the end": lambda folder, rank: of_text(folder, True, out=folder / "double text", resume=True),
+    "text, uneven": lambda folder, rank: of_text(folder, settings={"batch_size": 5}),
+    "text, kept": lambda folder, rank: of_text(folder, settings={"teacher": KEPT}),
     "unused": lambda folder, rank: outcome(short("ban"), "unused"),
     "one rank alone": on_one_rank_alone,
     "diverged": lambda folder, rank: outcome(
@@ -77,6 +85,14 @@ def stopped_cache(folder: Path, rank: int) -> None:
         of_digits(KEPT_DIGITS, out=folder / "stopped cache", should_stop=StopAt(54))
     assert (folder / "stopped cache" / "generation-1" / "state.pt").exists()
     assert not (folder / "stopped cache" / "generation-1" / "model.safetensors").exists()
+
+
+def stopped_text(folder: Path, rank: int, double: bool = False) -> None:
+    """In the midst of the student's first epoch: two of 13 windows for the teacher, their evaluations, and some."""
+    with contextlib.suppress(Interrupted):
+        of_text(folder, double, out=folder / ("double text" if double else "text"), should_stop=StopAt(45))
+    assert (folder / ("double text" if double else "text") / "generation-1" / "state.pt").exists()
+    assert not (folder / ("double text" if double else "text") / "generation-1" / "model.safetensors").exists()
 
 
 def rank_count() -> int:

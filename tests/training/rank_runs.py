@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from small_runs import CLASSES, IMAGES, TEST_IMAGES, Recorder, StopAt, config, deterministic, digits, network, samples
+from text_runs import text_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ban_fast import models
 from ban_fast.config import Config, TeacherConfig
-from ban_fast.data import Shard
+from ban_fast.data import Shard, load_corpus
 from ban_fast.training import Interrupted, run, run_together
 
 
@@ -114,6 +115,14 @@ def outcome(settings: Config, network: str, double: bool = False, **options: Any
 def of_digits(settings: Config, **options: Any) -> dict[str, Any]:
     """The same of a run on the digits."""
     return _outcome(settings, Recorder(), **options)
+
+
+def of_text(folder: Path, double: bool = False, **options: Any) -> dict[str, Any]:
+    """The same of a language model and its student on the text in `folder`: without dropout in fp64, or with it."""
+    settings = text_config(folder / "corpus", generations=1, epochs=2, **options.pop("settings", {}))
+    words = len(load_corpus(folder / "corpus").vocabulary)
+    model = (lambda: models.WordLSTM(6, num_classes=words, dropout=0.0).double()) if double else None
+    return _outcome(settings, Recorder(), model=model, **options)
 
 
 def _outcome(settings: Config, observer: Recorder, **options: Any) -> dict[str, Any]:

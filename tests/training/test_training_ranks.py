@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from rank_runs import EXACT, KEPT, RESUMED, interrupted, of_digits, outcome, short
+from rank_runs import EXACT, KEPT, RESUMED, interrupted, of_digits, of_text, outcome, short
 from small_runs import digits, footprint
+from text_runs import write_text
 
 from ban_fast.errors import OptionError
 from ban_fast.training.distributed import Ranks, portable
@@ -137,11 +138,40 @@ REFUSED = {
     "single images": "micro_batch_size: must be at least 2 where 2 processes share 9 images",
     "DataLoader": "a DataLoader's order is its own affair, and several processes need the same: pass tensors",
     "ahead": "teacher.cache_fill: several processes fill a cache together while they train; use lazy",
-    "text": "is a text, whose streams are trained on in one process: leave torchrun out",
     "unused": "the network's 1.extra.weight gets no gradient, and the processes wait for each other's: freeze it",
     "one rank alone": "cifar10",
     "diverged": "the loss is not finite in generation 0, epoch 1, at step 1: lower --lr",
 }
+
+
+def test_a_texts_streams_on_two_ranks(on_ranks: OnRanks, tmp_path: Path) -> None:
+    """Each has half of them, with states of its own: what one process does with all, and again after a stop."""
+    write_text(tmp_path / "corpus", lines=40)
+    names = "text", "text by cwtm", "text, whole", "text, stopped", "text, resumed", "text, uneven", "text, kept"
+    found = on_ranks(2, *names)
+    for name, changes in (("text", {}), ("text by cwtm", {"objective": "cwtm"})):
+        # fp64: some 30 steps whose sums run in another order
+        check_equal(found[name][0], of_text(tmp_path, double=True, settings=changes), 1e-11)
+        check_ranks_agree(found[name])
+    assert footprint(tmp_path / "text") == footprint(tmp_path / "whole text")
+    check_ranks_agree(found["text, resumed"])
+    for name, message in (
+        ("text, uneven", "batch_size: 5 streams can't be shared evenly by 2 processes: use a multiple of that"),
+        ("text, kept", "teacher.mode: several processes keep no outputs of a text: use live, or one process"),
+    ):
+        assert found[name] == [message, message]
+
+
+@pytest.mark.slow
+def test_a_text_goes_on_with_another_number_of_ranks(on_ranks: OnRanks, tmp_path: Path) -> None:
+    """A checkpoint has the states of all streams, whoever had them."""
+    write_text(tmp_path / "corpus", lines=40)
+    on_ranks(2, "text, stopped in double")
+    (*_, last) = on_ranks(4, "text, double to the end")["text, double to the end"]
+    expected = of_text(tmp_path, double=True)
+    expected["epochs"] = expected["epochs"][-len(last["epochs"]) :]
+    check_equal(last, expected, 1e-11)
+    assert "processes 2 then, 4 now" in last["messages"][0]
 
 
 @pytest.mark.slow

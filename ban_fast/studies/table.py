@@ -19,6 +19,8 @@ from .schedule import finished
 from .study import Study, StudyRun
 
 _HEADINGS = {"error": "error %", "nll": "NLL", "ece": "ECE"}
+_SPLITS = ("test", "validation", "valid")
+"""The first that a record has is the one that counts; texts call theirs "valid"."""
 _AVERAGES = ("probabilities", "logits")
 
 
@@ -54,7 +56,7 @@ class Row:
 
 
 def summary(path: str | os.PathLike[str]) -> list[Row]:
-    """The figures of a study's finished runs on the test set (without one, the validation set), group by group.
+    """The figures of a study's finished runs on the test split (without one, on the validation split), group by group.
 
     UserError where the directory holds no study, or a run's files can't be read.
     """
@@ -137,7 +139,7 @@ def _figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    figures = record.get("test") or record.get("validation") or {}
+    figures = next((record[split] for split in _SPLITS if split in record), {})
     return {
         name: float(value)
         for name, value in figures.items()

@@ -131,3 +131,21 @@ def test_a_run_that_fails_is_one_line_and_status_1(start: Start, tmp_path: Path)
     assert "model=mlp-0,seed=0: failed: " in said.out
     assert "unfinished: 1 of 2 runs" in said.out
     assert (tmp_path / "study" / "model=mlp-8,seed=0" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_texts_have_perplexities(call: Call, tmp_path: Path) -> None:
+    """A sweep of language models: the same flags as train's, and the table's figures are results.json's."""
+    (tmp_path / "words").mkdir()
+    for split, lines in (("train", 40), ("valid", 12), ("test", 15)):
+        (tmp_path / "words" / f"{split}.txt").write_text("the cat sat on a mat\nand a dog\n" * lines)
+    small = ("--model", "lstm-8", "--batch-size", "4", "--window", "5", "--epochs", "1", "--generations", "1")
+    said = call("sweep", "--data", "words", *small, "--seeds", "0,1", "--workers", "2", "--out", "study")
+    assert (said.status, said.err) == (0, "")
+    results = [json.loads((tmp_path / "study" / f"seed={seed}" / "results.json").read_text()) for seed in (0, 1)]
+    tests = [run["generations"][1]["test"] for run in results]
+    lines = said.out.splitlines()
+    heading, student = (next(line for line in lines if word in line) for word in ("vs teacher", "BAN-1 "))
+    assert heading.split() == ["n", "perplexity", "vs", "teacher", "NLL"]
+    mean = sum(test["perplexity"] for test in tests) / 2
+    assert student.split()[:3] == ["BAN-1", "2", f"{mean:.2f}"]

@@ -139,7 +139,7 @@ def _figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    figures = next((record[split] for split in _SPLITS if split in record), {})
+    figures: Mapping[str, Any] = next((record[split] for split in _SPLITS if split in record), {})
     return {
         name: float(value)
         for name, value in figures.items()

@@ -50,6 +50,15 @@ def relu(z):
     return tl.where(z <= 0.0, 0.0, z)
 
 
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """A product's. For TF32 it is the nearest one: tensor cores cut fp32 off, which makes every product too small."""
+    if PRECISION == "tf32":
+        nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000  # ties away from zero; NaN would overflow
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x
+
+
 def by(norm: Norm, statistics: Tensor) -> dict[str, Any]:  # [2, C]
     """A norm as kernels take it: gamma, beta, mean, var and eps. `statistics` are the batch's."""
     mean, var = statistics.unbind() if norm.mean is None else (norm.mean, norm.var)

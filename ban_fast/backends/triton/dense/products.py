@@ -12,6 +12,7 @@ from ban_fast.backends.triton.dense.channels import (
     by,
     ceil_div,
     load_tile,
+    operand,
     relu,
     scale_and_shift,
     store_alignment,
@@ -57,7 +58,7 @@ def project_kernel(
         values = load_tile(x, rows, cols, num_rows, num_in, x_pitch, X_ALIGN).to(tl.float32)
         a = tl.where(inside[None, :], relu(values * factor + offset), 0.0)  # what lies beyond may be NaN
         w = load_tile(weight, outs, cols, num_out, num_in, weight_pitch, WEIGHT_ALIGN)
-        acc = tl.dot(a.to(w.dtype), tl.trans(w), acc, input_precision=PRECISION)
+        acc = tl.dot(operand(a.to(w.dtype), PRECISION), operand(tl.trans(w), PRECISION), acc, input_precision=PRECISION)
     stored = acc.to(out.dtype.element_ty)
     store_tile(out, rows, outs, stored, num_rows, num_out, out_pitch, OUT_ALIGN)
     if partials is not None:
@@ -104,7 +105,7 @@ def unproject_kernel(
         depth = start + tl.arange(0, DEPTH)
         g = load_tile(grad, rows, depth, num_rows, num_in, grad_pitch, GRAD_ALIGN)
         w = load_tile(weight, depth, cols, num_in, num_out, weight_pitch, WEIGHT_ALIGN)
-        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(g, PRECISION), operand(w, PRECISION), acc, input_precision=PRECISION)
     inside = cols < num_out
     scale, shift, middle = scale_and_shift(gamma, beta, mean, var, eps, cols, inside)
     values = load_tile(x, rows, cols, num_rows, num_out, x_pitch, X_ALIGN).to(tl.float32)
@@ -154,7 +155,7 @@ def weight_kernel(
         g = load_tile(grad, rows, outs, num_rows, num_out, grad_pitch, GRAD_ALIGN)
         values = load_tile(x, rows, cols, num_rows, num_in, x_pitch, X_ALIGN).to(tl.float32)
         a = relu(values * scale[None, :] + shift[None, :]).to(g.dtype)
-        acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(tl.trans(g), PRECISION), operand(a, PRECISION), acc, input_precision=PRECISION)
     place = partials + split.to(tl.int64) * num_out * num_in + outs[:, None] * num_in + cols[None, :]
     inside = (outs < num_out)[:, None] & (cols < num_in)[None, :]
     tl.store(place, acc.to(partials.dtype.element_ty), mask=inside)

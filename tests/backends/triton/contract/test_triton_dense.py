@@ -15,7 +15,7 @@ from ban_fast.backends import dense_block, dense_dispatch
 from ban_fast.backends.dense_interface import Need
 from ban_fast.backends.dense_shape import Norm
 from ban_fast.backends.triton import dense
-from ban_fast.backends.triton.dense import passes, statistics
+from ban_fast.backends.triton.dense import passes, products, statistics
 from ban_fast.models import DenseNet
 
 CLOSE = 4e-6
@@ -243,3 +243,22 @@ def test_a_network_trains_as_plain_does(device: torch.device, monkeypatch: pytes
     for exact, found in zip(*results, strict=True):
         # Some roundings of 6e-8 of values up to 1, through four layers of batch norm over 64 to 256 values, twice.
         torch.testing.assert_close(found.to(exact.dtype), exact, rtol=1e-4, atol=2e-5)
+
+
+def test_tf32_rounds_to_nearest(device: torch.device) -> None:
+    """Tensor cores cut fp32 off after 10 bits: sums of positive products would be 7e-4 too small, all of them."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (1 + torch.rand(shape, generator=generator) for shape in ((90, 50), (40, 50), (90, 40)))
+    one, statistics_of_none = torch.ones(50, device=device), torch.tensor([0.0, 1.0])[:, None].expand(2, 50).to(device)
+    identity = Norm(one, 0 * one, None, None, 0.0)
+    made, into = torch.empty(90, 40, device=device), torch.empty(90, 56, device=device)[:, :50]
+    on_device = weight[..., None, None].to(device)
+    products.project(x.to(device), torch.stack((one, 0 * one)), on_device, made, measured=False)
+    products.unproject(grad.to(device), on_device, x.to(device), identity, statistics_of_none, into, add=False)
+    gradient = products.weight_gradient(grad.to(device), x.to(device), identity, statistics_of_none, on_device)
+    x, weight, grad = x.double(), weight.double(), grad.double()
+    for found, exact in ((made, x @ weight.T), (into, grad @ weight), (gradient[..., 0, 0], grad.T @ x)):
+        relative = found.cpu().double() / exact - 1
+        assert 1e-6 < relative.abs().max() < 4e-4  # TF32's 2^-11 of each factor, averaged; not fp32's
+        assert relative.mean().abs() < 3e-5

@@ -14,8 +14,9 @@ from ban_fast.backends.triton.dense.channels import by, ceil_div, inverse_std, s
 
 _CHANNELS = 8
 """Channels that a program finishes: few, so that there are many programs; 32 bytes of each tile are one sector."""
-_TILES = 256
-"""Tiles that it adds at a time."""
+_TILES = 1024
+"""Tiles that it adds at a time, 32 a thread: all of 128 images', so that it waits for memory once."""
+_OPTIONS = config.PASS_OPTIONS | {"num_warps": 8}
 
 
 class Partials(NamedTuple):
@@ -201,7 +202,7 @@ def _finish(partials: Partials | None, statistics: Tensor, norm: Norm | None) ->
         BATCH=norm is not None and norm.mean is None,
         CHANNELS=_CHANNELS,
         TILES=_TILES,
-        **config.PASS_OPTIONS,
+        **_OPTIONS,
     )
     return affine
 
@@ -223,6 +224,6 @@ def settle(partials: Partials, norm: Norm, statistics: Tensor, terms: Tensor, *,
         ADD=add,
         CHANNELS=_CHANNELS,
         TILES=_TILES,
-        **config.PASS_OPTIONS,
+        **_OPTIONS,
     )
     return norm_grad

@@ -42,6 +42,7 @@ def cifar() -> str:
     return directory
 
 
+@pytest.mark.slow
 def test_cifar_100_killed_resumed_and_reported(start: Start, tmp_path: Path, cifar: str) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     process = start(*CIFAR, "--data-dir", cifar, "--out", run)

@@ -27,7 +27,7 @@ def nursery(mode: str, directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "mode",
     [
-        "operations",
+        pytest.param("operations", marks=pytest.mark.slow),
         pytest.param("cache-operations", marks=pytest.mark.slow),
         pytest.param("together-operations", marks=pytest.mark.slow),
     ],

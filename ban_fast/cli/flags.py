@@ -107,7 +107,9 @@ def resumed(values: Values, directory: Path) -> Request:
     """The configuration of the run in `directory`. UserError where a flag, recipe or file beside it says otherwise."""
     file = directory / "config.json"
     if not file.exists():
-        raise UserError(f"--resume: there is no run in {directory} (no config.json); start one without --resume")
+        raise UserError(
+            f"--resume: there is no run in {directory} (no config.json); put it back, or start one without --resume"
+        )
     stored = read(file, "--resume")
     if values["config"] is not None:
         asked = requested(values)

@@ -49,7 +49,8 @@ def run(
     """Train a teacher and `config.generations` students, each on the outputs of the one before, and let them vote.
 
     `model` builds a fresh network of the caller's own; `train`, `test` and `validation` are its data, each two tensors
-    (x [N, ...], y [N]) or a DataLoader of such batches. What is left out, `config` says. Without `test` there are no
+    (x [N, ...], y [N]) or a DataLoader of such batches. What is left out, `config` says; of a text the network takes
+    (tokens [T, B], state), None at first, and returns (logits [T, B, V], state). Without `test` there are no
     test figures. `out` is the run directory (None: no files), `resume` goes on with the run in it, or returns its
     results if it is finished. `teacher_from` is the directory of a run whose teacher would be this one's to the bit, as
     its configuration differs in what students learn from and in their number alone: generation 0 is copied from there,

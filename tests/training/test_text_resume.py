@@ -20,7 +20,7 @@ def short(text: Path, teacher: str = "live") -> Config:
     return text_config(text, generations=1, epochs=2, teacher=TeacherConfig(mode=teacher))
 
 
-@pytest.mark.parametrize("teacher", ["live", "cache"])
+@pytest.mark.parametrize("teacher", ["live", pytest.param("cache", marks=pytest.mark.slow)])
 def test_stopped_at_many_questions(text: Path, tmp_path: Path, teacher: str) -> None:
     """In the midst of a text, with hidden states of student and teacher; in evaluations; between generations."""
     settings = short(text, teacher)
@@ -28,7 +28,7 @@ def test_stopped_at_many_questions(text: Path, tmp_path: Path, teacher: str) -> 
     run(settings, out=tmp_path / "whole", should_stop=never)
     count = 10**9 - never.left
     expected = footprint(tmp_path / "whole")
-    for point in range(1, count + 1, 5):
+    for point in range(1, count + 1, 7):
         path = tmp_path / str(point)
         with pytest.raises(Interrupted):
             run(settings, out=path, should_stop=StopAt(point))
@@ -38,6 +38,7 @@ def test_stopped_at_many_questions(text: Path, tmp_path: Path, teacher: str) -> 
         assert sum(last.steps.values()) + sum(done for *_, done in last.started) >= last.plan.steps
 
 
+@pytest.mark.slow
 def test_students_side_by_side_that_were_saved_apart(text: Path, tmp_path: Path) -> None:
     """A kill between two checkpoints leaves one student's text ahead of the other's: both teachers' states serve."""
     settings = text_config(text, students=("ban+l", "ban"), generations=2, epochs=2, teacher=TeacherConfig(mode="live"))

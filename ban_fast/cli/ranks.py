@@ -2,8 +2,6 @@
 
 import os
 import signal
-from datetime import timedelta
-from pathlib import Path
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_CONNECT = 10
@@ -21,7 +19,9 @@ def is_first() -> bool:
 
 def is_restarted(out: str | None) -> bool:
     """Whether torchrun started this process again, after a failure, on a run that had begun in `out`."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0 and out is not None and (Path(out) / "config.json").exists()
+    if out is None or _number("TORCHELASTIC_RESTART_COUNT", 0) == 0:
+        return False
+    return os.path.exists(os.path.join(out, "config.json"))
 
 
 def takes_the_word() -> bool:
@@ -35,6 +35,8 @@ def takes_the_word() -> bool:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # nothing that outlives rank 0 to ask
         return is_first()
+    from datetime import timedelta
+
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"

@@ -22,7 +22,8 @@ from ..errors import OptionError
 T = TypeVar("T")
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "socket", "process group")
+_BACKENDS = ("gloo", "nccl")
+"""What their errors name, with a line of their source or as who could not reach another rank."""
 
 
 class RankLost(Exception):
@@ -178,18 +179,20 @@ def joined(device: str) -> Iterator[Ranks]:
             return
         _join(device != "cpu" and torch.cuda.is_available())
     ranks = _of_default_group()
+    may_destroy = dist.get_backend() == "gloo"  # NCCL waits for kernels, and they for a rank that may have gone
     try:
         yield ranks
         if not ranks.is_alone:
-            dist.barrier(device_ids=None)  # nobody leaves while another is still at work: torchrun would end that one
+            dist.barrier()  # nobody leaves while another is still at work: torchrun would end that one
+        may_destroy = True
     except RuntimeError as error:
         if ranks.is_alone or not _is_loss(error):
             raise
         raise RankLost("another process of this run has ended, or can't be reached") from error
     finally:
         ranks.leave()
-        if is_ours and dist.get_backend() == "gloo":
-            dist.destroy_process_group()  # NCCL's would wait for kernels that wait for a rank that has gone
+        if is_ours and may_destroy:
+            dist.destroy_process_group()
 
 
 def _join(uses_gpu: bool) -> None:
@@ -218,7 +221,7 @@ def _of_default_group() -> Ranks:
 
 def _is_loss(error: RuntimeError) -> bool:
     text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, dist.DistError) or any(sign in text for sign in _SIGNS_OF_LOSS)
+    return isinstance(error, dist.DistError) or any(backend in text for backend in _BACKENDS)
 
 
 def portable(error: Exception) -> Exception:

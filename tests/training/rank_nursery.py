@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_runs import EXACT, KEPT, KEPT_DIGITS, LIVE, RESUMED, interrupted, of_digits, of_text, outcome, short
+from rank_runs import COMPILED, EXACT, KEPT, KEPT_DIGITS, LIVE, RESUMED, interrupted, of_digits, of_text, outcome, short
 from small_runs import IMAGES, StopAt, digits, samples
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -46,6 +46,8 @@ JOBS: dict[str, Callable[[Path, int], Any]] = {
     "densenets": lambda folder, rank: [
         outcome(short("cwtm", max_steps=1, teacher=LIVE), memory) for memory in ("checkpoint", "shared")
     ],
+    "compiled": lambda folder, rank: outcome(COMPILED, "plain"),
+    "family": lambda folder, rank: outcome(EXACT["together"][1], "plain", double=True, out=folder / "family"),
     "memory cache": lambda folder, rank: of_digits(digits("ban", teacher=KEPT)),
     "no cache": lambda folder, rank: of_digits(digits("ban", teacher=LIVE)),
     "file cache": lambda folder, rank: of_digits(KEPT_DIGITS, out=folder / "cached"),

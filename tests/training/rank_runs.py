@@ -150,3 +150,4 @@ def interrupted(settings: Config, network: str, question: int, path: Path, **opt
 KEPT_DIGITS = digits("cwtm", teacher=KEPT, epochs=6)
 """With a cache in files."""
 RESUMED = config("dkpp")
+COMPILED = short("ban", compile=True, max_steps=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_runs import EXACT, KEPT, RESUMED, interrupted, of_digits, of_text, outcome, short
+from rank_runs import COMPILED, EXACT, KEPT, RESUMED, interrupted, of_digits, of_text, outcome, short
 from small_runs import digits, footprint
 from text_runs import write_text
 
@@ -77,7 +77,8 @@ def test_ranks_are_one_process_in_fp64(size: int, on_ranks: OnRanks) -> None:
         assert not ranks[0]["messages"] or "micro-batches" in ranks[0]["messages"][0]
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 def test_batch_norm_by_shards_and_fp32(size: int, on_ranks: OnRanks) -> None:
     found = on_ranks(size, "norm", "norm, uneven", "fp32", "densenets")
     shards = f"in {size} shards"
@@ -91,6 +92,18 @@ def test_batch_norm_by_shards_and_fp32(size: int, on_ranks: OnRanks) -> None:
         check_equal(checkpoint, shared, 1e-4)  # two orders of summing under batch norm, in fp32
 
 
+@pytest.mark.slow
+def test_compiled_and_side_by_side(on_ranks: OnRanks, tmp_path: Path) -> None:
+    found = on_ranks(2, "compiled", "family")
+    check_equal(found["compiled"][0], outcome(COMPILED, "plain"), 2e-6)
+    check_ranks_agree(found["compiled"])
+    network, settings = EXACT["together"]
+    check_equal(found["family"][1], outcome(settings, network, double=True), 1e-12)
+    for folder in ("ban_l", "cwtm"):
+        assert (tmp_path / "family" / folder / "generation-1" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_a_cache_on_two_ranks(on_ranks: OnRanks, tmp_path: Path) -> None:
     """Each row is computed once, by either rank, and is what the teacher would say live, to the bit."""
     found = on_ranks(2, "no cache", "memory cache", "file cache", "auto", "auto, uneven")

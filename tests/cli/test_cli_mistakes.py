@@ -251,6 +251,7 @@ def test_info(call: Call) -> None:
         "numpy",
         "CUDA in _native",
         "cpu",
+        "gloo for CPUs",
         "reference on cpu",
         "native on cuda",
         "triton on cpu",

@@ -1,9 +1,9 @@
 """A run in several processes (ranks), one a GPU: who they are, which part of a batch is whose, and how they agree.
 
-`torchrun` starts them and says so in the environment; a process group that is there already is used as it is, if gloo is
-among its backends. Whatever decides what happens next - a signal, the clock, a loss that is not finite, an error - is
-agreed on by all: a rank that went its own way would leave the others waiting. Such words go over gloo, between the hosts:
-no GPU is waited for.
+`torchrun` starts them and says so in the environment; a process group that is there already is used as it is, if gloo
+is among its backends. Whatever decides what happens next - a signal, the clock, a loss that is not finite, an error - is
+agreed on by all: a rank that went its own way would leave the others waiting. Such words go over gloo, between the
+hosts: no GPU is waited for.
 """
 
 import os

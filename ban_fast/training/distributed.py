@@ -1,8 +1,8 @@
 """A run in several processes (ranks), one a GPU: who they are, which part of a batch is whose, and how they agree.
 
 `torchrun` starts them and says so in the environment; a process group that is there already is used as it is, if gloo
-is among its backends. Whatever decides what happens next - a signal, the clock, a loss that is not finite, an error - is
-agreed on by all: a rank that went its own way would leave the others waiting. Such words go over gloo, between the
+is among its backends. Whatever decides what happens next - a signal, the clock, a loss that is not finite, an error -
+is agreed on by all: a rank that went its own way would leave the others waiting. Such words go over gloo, between the
 hosts: no GPU is waited for.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from ..data import Shard
@@ -198,12 +199,19 @@ def joined(device: str) -> Iterator[Ranks]:
 
 def _join(uses_gpu: bool) -> None:
     """Make the process group. OptionError where some of the processes have a GPU, and some have not."""
-    store, rank, size = next(rendezvous("env://"))
-    store.set(f"ban_fast/gpu/{rank}", str(uses_gpu))
-    if len({store.get(f"ban_fast/gpu/{other}") for other in range(size)}) > 1:
-        raise OptionError("device", "some of the processes have a GPU, and some have none: use cpu for all")
-    backend = "cpu:gloo,cuda:nccl" if uses_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        found, rank, size = next(rendezvous("env://"))
+        # torchrun may keep one store through all its restarts, and in it the addresses of processes that are no more.
+        store = PrefixStore(f"ban_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        store.set(f"gpu/{rank}", str(uses_gpu))
+        have_gpu = {store.get(f"gpu/{other}") for other in range(size)}
+        if len(have_gpu) == 1:
+            backend = "cpu:gloo,cuda:nccl" if uses_gpu else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            return
+    except RuntimeError as error:
+        raise RankLost("the other processes of this run can't be reached") from error
+    raise OptionError("device", "some of the processes have a GPU, and some have none: use cpu for all")
 
 
 def was_launched() -> bool:

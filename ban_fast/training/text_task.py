@@ -27,6 +27,8 @@ def text_task(config: Config, device: torch.device, model: ModelFactory | None, 
     """Read the text, build the network once to see that it fits, and change nothing on disk."""
     _refuse_what_is_for_images(config)
     _check_shards(config, ranks)
+    if config.amp == "fp16" and device.type == "cpu":
+        raise OptionError("amp", "on the CPU there are no recurrent networks in fp16; use bf16 or off")
     level: Level = "character" if config.text.level == "character" else "word"
     corpus = data.load_corpus(config.data.name, directory=config.data.directory, level=level)
     train = TextLoader(
@@ -108,6 +110,8 @@ def _letters(config: ModelConfig, corpus: Corpus) -> Letters | None:
     if not models.needs_characters(config.name):
         return None
     window = config.options.get("window")
+    if window is not None and type(window) is not int:
+        raise OptionError("model.options", f"window must be a whole number, got {window!r}")
     try:
         table, names = corpus.characters(window)
     except UserError as error:

@@ -35,6 +35,7 @@ def changed(section: str, field: str, value: Any) -> Callable[[Config], None]:
         (changed("", "channels_last", True), "channels_last", "is for images"),
         (changed("", "micro_batch_size", 2), "micro_batch_size", "a smaller --batch-size has fewer streams"),
         (changed("", "compile", True), "step", "does not take recurrent networks"),
+        (changed("", "amp", "fp16"), "amp", "on the CPU there are no recurrent networks in fp16; use bf16 or off"),
         (changed("", "batch_size", 99), "batch_size", r"99 streams of 5 .* wider than the text, .*; use \d+ at most"),
         (changed("text", "window", 9999), "batch_size", "windows shorter than 9999"),
         (changed("text", "level", "letter"), "text.level", "unknown value 'letter'"),
@@ -62,6 +63,7 @@ def test_options_that_do_not_go_with_a_text(
     ("name", "options", "level", "said"),
     [
         ("cnn-lstm-8", {"window": 3}, "word", "'hhhh' needs 6 characters, start and end included, .* a window of 6"),
+        ("cnn-lstm-8", {"window": "wide"}, "word", "window must be a whole number, got 'wide'"),
         ("cnn-lstm-8", {}, "character", "was read by characters already"),
         ("cnn-lstm-8", {"characters": 40}, "word", "characters is not an option: it is known already"),
     ],

@@ -35,9 +35,14 @@ def forward(
     with on(x.device):
         work = _Forward(Shape.of(x, convs, norms), convs, norms, group)
         work.enter(x)
-        hidden = [work.unit(unit) for unit in range(work.shape.units)]
+        hidden: list[Tensor] = []
+        for unit in range(work.shape.units):
+            between = work.unit(unit)
+            if keep:  # all of them at once are four times the features
+                hidden.append(between)
+            del between
         y = work.leave()
-    saved = Saved(work.features, hidden if keep else [], work.statistics, work.hidden_statistics, work.total)
+    saved = Saved(work.features, hidden, work.statistics, work.hidden_statistics, work.total)
     return y, saved
 
 

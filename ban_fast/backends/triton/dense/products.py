@@ -299,11 +299,14 @@ def weight_gradient(
 def packed(weight: Tensor) -> Tensor:  # [out, in, 1, 1] -> [out, in]
     """The matrix, each of its rows at a place that 8 bytes divide: itself, or a copy that is 0 between its rows.
 
-    Then a thread copies 8 bytes or 16 at a time; the odd growth of densenet-112-33 would have it copy 2.
+    Then a thread copies 8 bytes or 16 at a time; the odd growth of densenet-112-33 would have it copy 2. What a thread
+    copies beyond a row is multiplied by 0: in a matrix that is part of a wider one it could be NaN.
     """
     matrix = weight.reshape(weight.shape[0], weight.shape[1])
-    if alignment(matrix) * matrix.element_size() >= 8:
-        return matrix
+    if matrix.stride(1) == 1:
+        together = alignment(matrix)
+        if together * matrix.element_size() >= 8 and matrix.shape[1] % together == 0:
+            return matrix
     step = 16 // matrix.element_size()
     room = matrix.new_zeros(matrix.shape[0], ceil_div(matrix.shape[1], step) * step)
     room[:, : matrix.shape[1]] = matrix

@@ -1,6 +1,7 @@
 """A dense block's kernels against float64."""
 
 import itertools
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,7 @@ from ban_fast.backends import dense_block, dense_dispatch
 from ban_fast.backends.dense_interface import Need
 from ban_fast.backends.dense_shape import Norm
 from ban_fast.backends.triton import dense
-from ban_fast.backends.triton.dense import passes, products, statistics
+from ban_fast.backends.triton.dense import block, passes, products, statistics
 from ban_fast.models import DenseNet
 
 CLOSE = 4e-6
@@ -195,6 +196,37 @@ def test_nan_and_infinities_pass_as_in_eager_torch(device: torch.device) -> None
     partials = passes.deposit(torch.ones_like(x), x, norm, torch.zeros(2, 7, device=device), into)
     assert into[0].tolist() == [1, 1, 0, 0, 0, 1, 0]
     assert partials.values.sum(0)[0].tolist() == [3, 3, 0, 0, 0, 3, 0]
+
+
+@pytest.mark.parametrize("kind", ["part of a wider matrix", "transposed"])
+def test_weights_laid_out_otherwise(kind: str, device: torch.device) -> None:
+    given = cases.block(Widths(units=1, entry=5, growth=1, bottleneck=2, exit=0, batch=1, height=2, width=4))
+    weight = given.convs[0]
+    if kind == "transposed":
+        other = weight.reshape(weight.shape[0], -1).t().contiguous().t()[..., None, None]
+    else:
+        wider = weight.new_full((weight.shape[0], 8, 1, 1), float("nan"))
+        wider[:, : weight.shape[1]] = weight
+        other = wider[:, : weight.shape[1]]
+    found = cases.answer(dense, given._replace(convs=[other, *given.convs[1:]]).to(device, torch.float32))
+    assert_close(found, cases.truth(given))
+
+
+def test_an_evaluation_keeps_one_hidden_map_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = cases.block(Widths(units=4)).to(device, torch.float32)
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    unit = block._Forward.unit
+
+    def noting(self: block._Forward, number: int) -> torch.Tensor:
+        alive.append(sum(each() is not None for each in made))
+        hidden = unit(self, number)
+        made.append(weakref.ref(hidden))
+        return hidden
+
+    monkeypatch.setattr(block._Forward, "unit", noting)
+    dense.forward(given.x, given.convs, given.norms, group="", keep=False)
+    assert alive == [0, 0, 0, 0]
 
 
 def test_tiles_cover_all_that_is_split() -> None:

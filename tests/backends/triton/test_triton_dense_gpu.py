@@ -92,9 +92,9 @@ def test_autocast_is_as_exact_as_plain(dtype: torch.dtype) -> None:
 def test_a_training_step_of_densenet_bc_100_12(dtype: torch.dtype) -> None:
     with fp32("ieee"):
         error = errors(paper, dtype, *images(16, 32))
-    # A hundred layers of batch norm magnify roundings: 6e-8 to 1e-3 at most, bf16's 4e-3 to its gradients' own size.
-    assert error["plain"] < (1e-3 if dtype == torch.float32 else 1)
-    assert error["shared"] < (1.5 if dtype == torch.float32 else 1.2) * error["plain"]
+    if dtype == torch.float32:
+        assert error["plain"] < 1e-3  # a hundred layers of batch norm magnify roundings of 6e-8
+    assert error["shared"] < (1.5 if dtype == torch.float32 else 1.2) * error["plain"]  # for chance
 
 
 def test_float64_is_plain_s_to_1e_10() -> None:
@@ -157,13 +157,12 @@ def test_no_host_sync_in_a_step() -> None:
 
 
 def test_eval_mode_and_no_grad() -> None:
-    network, (x, _) = small("shared"), images()
-    plain = small("plain")
-    for each in (network, plain):
-        step(each, *images(seed=3))
-        each.eval()
+    network, plain, (x, _) = small("shared"), small("plain"), images()
     with fp32("ieee"), torch.no_grad():
-        torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-3)  # statistics moved in TF32 before
+        for each in (network, plain):
+            each(images(seed=3)[0])  # moves running statistics
+            each.eval()
+        torch.testing.assert_close(network(x), plain(x), rtol=1e-4, atol=1e-4)  # fp32 through ten layers
 
 
 def test_a_unit_is_few_launches() -> None:

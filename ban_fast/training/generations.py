@@ -101,6 +101,8 @@ def everyones_task(
 ) -> Task:
     """The task, on this rank's device; what one rank lacks is every rank's UserError. `home`: the run's directory."""
     with ranks.alike():
+        if config.sync_statistics and config.steps == COMPILE and not ranks.is_alone:
+            raise OptionError("sync_statistics", "what is exchanged for them is not compiled; leave --compile out")
         device = ranks.device(training_device(config.device))
     stack.enter_context(prepared(device))
     with ranks.alike():
@@ -253,7 +255,7 @@ def _plan(config: Config, task: Task, finished: int) -> Plan:
         steps_per_epoch=steps_per_epoch,
         epochs=-(-steps // steps_per_epoch),
         parameters=task.shape["parameters"],
-        device=device_name(task.device),
+        device=device_name(task.device) if task.ranks.is_alone else f"{task.ranks.size} x {device_name(task.device)}",
         unit=task.unit,
         rows_per_step=task.rows_per_step,
         students=config.students,

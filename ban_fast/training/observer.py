@@ -23,7 +23,7 @@ class Plan:
     parameters: int
     """Trainable parameters of the network."""
     device: str
-    """Where it runs: "cpu", or the GPU's name."""
+    """Where it runs: the GPU's name or the processor's, and on how many of them if on several."""
     unit: str = "images"
     """What is trained on: "images" or "tokens"."""
     rows_per_step: int

@@ -63,6 +63,7 @@ JOBS: dict[str, Callable[[Path, int], Any]] = {
     "small batch": lambda folder, rank: outcome(short("ban", batch_size=rank_count() - 1), "plain"),
     "single images": lambda folder, rank: outcome(short("ban", batch_size=9, micro_batch_size=1), "plain"),
     "DataLoader": lambda folder, rank: outcome(short("ban"), "plain", train=wrapped()),
+    "synced, compiled": lambda folder, rank: outcome(short("ban", sync_statistics=True, compile=True), "norm"),
     "ahead": lambda folder, rank: of_digits(digits(teacher=TeacherConfig(mode="cache", cache_fill="ahead"))),
     "text": lambda folder, rank: of_text(folder, double=True),
     "text by cwtm": lambda folder, rank: of_text(folder, double=True, settings={"objective": "cwtm"}),

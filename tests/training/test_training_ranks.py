@@ -150,6 +150,7 @@ REFUSED = {
     "small batch": "batch_size: 1 images can't be shared by 2 processes: use fewer, or a larger batch",
     "single images": "micro_batch_size: must be at least 2 where 2 processes share 9 images",
     "DataLoader": "a DataLoader's order is its own affair, and several processes need the same: pass tensors",
+    "synced, compiled": "sync_statistics: what is exchanged for them is not compiled; leave --compile out",
     "ahead": "teacher.cache_fill: several processes fill a cache together while they train; use lazy",
     "unused": "the network's 1.extra.weight gets no gradient, and the processes wait for each other's: freeze it",
     "one rank alone": "cifar10",

@@ -2,6 +2,7 @@
 
 from typing import TypedDict
 
+from torch import Tensor
 from typing_extensions import NotRequired
 
 Matrix = tuple[int, int, int, int, int]
@@ -35,6 +36,25 @@ class CudaInfo(TypedDict):
     runtime_version: NotRequired[int]
     architectures: NotRequired[str]
     devices: NotRequired[int]
+
+def usual_kd(
+    student: object,
+    teacher: object,
+    labels: object,
+    teacher_rows: object,
+    temperature: object,
+    kd_weight: object,
+    label_weight: object,
+    divergence: object,
+    scale_t2: object,
+    ignore_index: object,
+    reduction: object,
+    need_grad: object,
+    threads: int,
+    /,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Loss, gradient and its scale for tensors on the CPU whose gradient is below 1 MiB; None for other arguments,
+    wrong ones among them, and where torch has no DLPack C exchange API."""
 
 def kd(student: Matrix, teacher: Matrix, rows: Selection, options: Options, to: Result, threads: int) -> Offence: ...
 def dkpp(

@@ -1,5 +1,5 @@
-// The only file that knows Python: addresses, sizes and strides in, nothing owned. ban_fast/_native.pyi has the
-// signatures.
+// What Python can call: addresses, sizes and strides in, nothing owned; python/usual.cpp alone takes whole tensors.
+// ban_fast/_native.pyi has the signatures.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -9,6 +9,7 @@
 #include "dense.h"
 #include "images.h"
 #include "losses.h"
+#include "python/usual.h"
 #ifdef BAN_FAST_WITH_CUDA
 #include "cuda/info.h"
 #include "cuda/losses.h"
@@ -283,6 +284,7 @@ py::dict cuda_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of ban_fast over plain addresses; see ban_fast/backends/native.py.";
+  ban_fast::add_usual_calls(m.ptr());
   m.def("kd", &kd);
   m.def("dkpp", &dkpp);
   m.def("cwtm", &cwtm);

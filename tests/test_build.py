@@ -34,7 +34,7 @@ def test_only_the_bindings_know_python_and_nothing_knows_torch() -> None:
         included = re.findall(r'#include\s*[<"]([^>"]+)', path.read_text())
         foreign = [name for name in included if re.match(r"(torch|ATen|c10|Python\.h|pybind11)", name)]
         assert all(name.startswith("pybind11/") for name in foreign)
-        assert not foreign or path.name == "bindings.cpp"
+        assert not foreign or path.name == "bindings.cpp" or path.parent.name == "python"
 
 
 def check_cuda_info(info: dict[str, object], *, built: bool, architectures: str = "80,90") -> None:

@@ -42,10 +42,17 @@ class LossOutput(NamedTuple):
         return self
 
 
+Usual = tuple[Tensor, Tensor | None, Tensor | None]
+"""Loss, grad and grad_scale as LossOutput has them."""
+
+
 class Backend(Protocol):
     """The functions every backend offers. No argument is changed, and none syncs the host with a GPU.
 
     Without `need_terms` an output's `kd` and `label` may be of shape [0]: allocating them is a tenth of a small loss.
+    A backend may also have `usual_kd`: by position student, teacher, labels and teacher_rows, none of them checked, the
+    options of `kd` in their order but for need_terms, and the number of threads. It gives a `Usual`, or None for
+    whatever `kd` or a check before it had better see.
     """
 
     def kd(

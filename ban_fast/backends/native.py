@@ -27,6 +27,8 @@ _NO_TERM = torch.empty(0, device="cpu")  # its address is null
 _POOLED_FROM = 1 << 20
 """Bytes. Of less, fresh memory costs under a tenth of the kernel's time, and malloc keeps most of it."""
 
+usual_kd = _native.usual_kd
+
 
 def kd(
     student: Tensor,  # [R, C]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import Backend, LossOutput
+from ban_fast.backends.interface import Backend, LossOutput, Usual
+from ban_fast.ops.checks import DTYPES
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """A LossOutput as an operator returns it: tensors only, shape [0] for None."""
@@ -38,14 +39,43 @@ def evaluate(
     else:
         chosen = dispatch.resolve(backend, name, student)
         output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, need_terms=return_terms, **options)
-        loss, kd, label, _, _ = output
+        loss, kd, label, grad, grad_scale = output
         if need_grad:
-            loss = _Stored.apply(student_logits, output, chosen, backend)
+            loss = _Stored.apply(student_logits, (loss, grad, grad_scale), chosen, backend)
     if not has_rows:
         loss = _shaped(loss, student_logits)
     if not return_terms:
         return loss
     return loss, {"kd": _shaped(kd, student_logits), "label": _shaped(label, student_logits)}
+
+
+def usual(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    teacher_rows: Tensor | None,
+    backend: str,
+    *options: Any,  # as `Backend.usual_kd` has them
+) -> Tensor | None:
+    """The KD loss by the backend's way for usual calls; None where it has none, or the call is not usual.
+
+    Nothing need be checked before, and with None nothing has been computed: this way, a third shorter for a small
+    batch, knows neither messages nor exceptions from the rule.
+    """
+    if is_traced(student_logits) or student_logits.dim() != 2 or student_logits.dtype not in DTYPES:
+        return None
+    chosen = dispatch.resolve(backend, "kd", student_logits)
+    usual_kd = getattr(chosen, "usual_kd", None)
+    if usual_kd is None:
+        return None
+    need_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    output: Usual | None = usual_kd(
+        student_logits, teacher_logits, labels, teacher_rows, *options, need_grad, torch.get_num_threads()
+    )
+    if output is None:
+        return None
+    loss: Tensor = _Stored.apply(student_logits, output, chosen, backend) if need_grad else output[0]
+    return loss
 
 
 def flat(logits: Tensor) -> Tensor:
@@ -72,9 +102,10 @@ class _Stored(torch.autograd.Function):
     """d loss / d student as forward left it, given away by backward after one scaling in place."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, output: LossOutput, backend: Backend, name: str) -> Tensor:
-        ctx.stored = output.grad, output.grad_scale, backend, name, student.shape
-        return output.loss
+    def forward(ctx: Any, student: Tensor, output: Usual, backend: Backend, name: str) -> Tensor:
+        loss, grad, grad_scale = output  # in a tuple: a loss that is an input itself would come out as a view of it
+        ctx.stored = grad, grad_scale, backend, name, student.shape
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ban_fast.backends import dispatch
 from ban_fast.backends.interface import Divergence, Reduction
 from ban_fast.ops import checks
-from ban_fast.ops.autograd import Packed, Result, evaluate, flat, flat_rows, pack, packed_fake
+from ban_fast.ops.autograd import Packed, Result, evaluate, flat, flat_rows, pack, packed_fake, usual
 
 torch.library.define(
     "ban_fast::kd",
@@ -92,6 +92,23 @@ def kd_loss(  # type: ignore[misc]  # the first overload passes its options on u
     is 0 where no labels are given.
     Raises ValueError that names the argument and the value received.
     """
+    if not return_terms:
+        loss = usual(
+            student_logits,
+            teacher_logits,
+            labels,
+            teacher_rows,
+            backend,
+            temperature,
+            kd_weight,
+            label_weight,
+            divergence,
+            scale_t2,
+            ignore_index,
+            reduction,
+        )
+        if loss is not None:
+            return loss
     checks.check_kd_options(temperature, kd_weight, label_weight, divergence, ignore_index, reduction)
     checks.check_logits("student_logits", student_logits)
     checks.check_teacher(student_logits, teacher_logits, teacher_rows)

@@ -46,8 +46,15 @@ Torch find_torch() {
   return {reinterpret_cast<PyTypeObject*>(tensor.ptr()), reinterpret_cast<PyTypeObject*>(parameter.ptr()), api};
 }
 
+// The interpreter's lock is the guard: a static initializer's own would be held while Python runs, and two threads
+// could wait for one another.
 const Torch& torch() {
-  static const Torch found = find_torch();
+  static Torch found;
+  static bool searched = false;
+  if (!searched) {
+    found = find_torch();
+    searched = true;
+  }
   return found;
 }
 

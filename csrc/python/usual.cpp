@@ -67,8 +67,9 @@ bool read(PyObject* object, dlpack::Tensor& to) {
     PyErr_Clear();
     return false;
   }
+  if (to.data == nullptr || to.device.type != dlpack::kCPU) return false;
   to.data = static_cast<char*>(to.data) + to.byte_offset;
-  return to.device.type == dlpack::kCPU;
+  return true;
 }
 
 std::optional<DType> float_type(dlpack::DataType type) {

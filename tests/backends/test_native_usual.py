@@ -90,6 +90,8 @@ class Own(Tensor):
         {"teacher": logits(5)},
         {"teacher": logits()[:, 1:]},
         {"teacher": logits().to("meta")},
+        {"teacher": logits().to_sparse()},
+        {"teacher": torch._efficientzerotensor(ROWS, CLASSES)},
         {"labels": torch.zeros(ROWS, dtype=torch.int32)},
         {"labels": torch.zeros(5, dtype=torch.int64)},
         {"labels": torch.zeros(2 * ROWS, dtype=torch.int64)[::2]},

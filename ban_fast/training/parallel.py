@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import UserError
-from ..models.shared_statistics import SharedBatchNorm, share_statistics
+from ..config import Config
+from ..errors import OptionError, UserError
+from ..models.shared_statistics import share_statistics
 from .distributed import Ranks
 
 
@@ -73,6 +73,14 @@ class Parallel:
                 )
 
 
-def has_own_statistics(network: nn.Module) -> bool:
-    """Whether the network normalises by the samples that share a forward pass."""
-    return any(isinstance(module, (_BatchNorm, SharedBatchNorm)) for module in network.modules())
+def check_shares(config: Config, rows: int, ranks: Ranks) -> None:
+    """OptionError for a batch that its processes can't share."""
+    if rows < ranks.size:
+        raise OptionError(
+            "batch_size", f"{rows} images can't be shared by {ranks.size} processes: use fewer, or a larger batch"
+        )
+    if config.micro_batch_size == 1 and rows % ranks.size:
+        raise OptionError(
+            "micro_batch_size",
+            f"must be at least 2 where {ranks.size} processes share {rows} images: some have one more than others",
+        )

@@ -28,6 +28,7 @@ from ..data import (
 from ..errors import OptionError, UserError
 from .distributed import ALONE, Ranks
 from .evaluator import Evaluator, ImageEvaluator
+from .parallel import check_shares
 from .reader import Forward, Reader
 from .seeds import derived_seed, isolated, seed_everything
 
@@ -188,7 +189,7 @@ def image_task(
             "optimizer.schedule", "plateau looks at a validation split: set --val-fraction, or validation="
         )
     rows_per_step = min(config.batch_size, _count(sample) or config.batch_size)
-    _check_shards(config, rows_per_step, ranks)
+    check_shares(config, rows_per_step, ranks)
     return Task(
         device=device,
         train=train_loader,
@@ -210,19 +211,6 @@ def image_task(
         rows_per_step=rows_per_step,
         ranks=ranks,
     )
-
-
-def _check_shards(config: Config, rows: int, ranks: Ranks) -> None:
-    """OptionError for a batch that its processes can't share."""
-    if rows < ranks.size:
-        raise OptionError(
-            "batch_size", f"{rows} images can't be shared by {ranks.size} processes: use fewer, or a larger batch"
-        )
-    if config.micro_batch_size == 1 and rows % ranks.size:
-        raise OptionError(
-            "micro_batch_size",
-            f"must be at least 2 where {ranks.size} processes share {rows} images: some have one more than others",
-        )
 
 
 def build(factory: ModelFactory, shape: dict[str, Any], device: torch.device, channels_last: bool) -> nn.Module:

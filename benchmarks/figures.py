@@ -17,6 +17,8 @@ class Figures:
     records: list[Record]
     steps: list[Record] = field(default_factory=list)
     """Of whole training steps: `step_figures` reads them."""
+    loaders: Record | None = None
+    """Of the loaders alone, where they were measured: `loaders` reads it."""
 
     def find(self, case: Case, setting: str) -> Record | None:
         for record in self.records:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ GPU_TESTS = {
 }
 CHECK_SECONDS = {
     "build": 120.0,
-    "GPU tests": 75.0,
+    "loaders": 300.0,
+    "GPU tests": 120.0,
     "GPU tests of Triton": 180.0,
     "small kernels": 60.0,
     "memcheck": 60.0,
@@ -88,16 +90,21 @@ def measure(directory: Path, commit: str | None, minutes: float | None) -> bool:
     last = ends - 60 * SANITIZER_MINUTES if device == "cuda" and shutil.which(SANITIZER) else ends
     left = (last - time.monotonic()) / 60
     steps: list[dict[str, Any]] = []
+    loaded: dict[str, Any] | None = None
     with Run(device, full=True, minutes=None if left == math.inf else (left - 0.5, left)) as run:
 
         def save(complete: bool) -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            found = run.results(described, done, complete=complete) | {"steps": steps}
+            found = run.results(described, done, complete=complete) | {"steps": steps, "loaders": loaded}
             machine.write(path, json.dumps(found, indent=1) + "\n")
 
         save(False)
         measure_cases(run, lambda: save(False))
         done += measure_steps(device, steps, last, lambda: save(False))
+        if device == "cpu":
+            outcome, loaded = measure_loaders(last)
+            done.append(outcome)
+            save(False)
         if device == "cuda":
             done += sanitize(ends)
         save(True)
@@ -140,6 +147,14 @@ def measure_steps(device: str, steps: list[dict[str, Any]], ends: float, save: C
         print(f"steps of {case.title}: {time.monotonic() - start:.0f} s", flush=True)
         save()
     return failed
+
+
+def measure_loaders(ends: float) -> tuple[Check, dict[str, Any] | None]:
+    """The loaders alone, in a process of their own: some change how many threads there are, on import."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "loaders.json"
+        outcome = check("loaders", [sys.executable, "-m", "benchmarks.loaders", "--json", str(file)], ends)
+        return outcome, json.loads(file.read_text())["loaders"] if file.exists() else None
 
 
 def build() -> Check:

@@ -1,4 +1,4 @@
-"""What kernels and whole steps are held to, judged by a run's figures.
+"""What kernels, whole steps and loaders are held to, judged by a run's figures.
 
 `python -m benchmarks.targets FILE` judges a results file; its status is 1 where a target was missed or not measured.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda, step_figures
+from benchmarks import cuda, loaders, step_figures
 from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape
 from benchmarks.figures import PEERS, Figures, ours, ratio, share
 from benchmarks.session import DEFAULT, TUNED
@@ -62,7 +62,7 @@ class Verdict:
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
     """Every target of the device that the results are of."""
-    figures = Figures(results["records"], results.get("steps", []))
+    figures = Figures(results["records"], results.get("steps", []), results.get("loaders"))
     return [Verdict(target, target.quantity(figures)) for target in targets(results["device"])]
 
 
@@ -90,6 +90,7 @@ def _cpu() -> list[Target]:
     small, dense = StepCase("wrn-16-1", 32), StepCase("densenet-bc-100-12", 32)
     found += [_step_over(case, CACHED, SUPERVISED, at_most=1.05) for case in (small, dense)]
     found.append(_loader_and_loss(small, 0.03))
+    found += [_loader_over(name, least) for name, least in loaders.TARGETS.items()]
     return found
 
 
@@ -194,6 +195,14 @@ def _loader_and_loss(case: StepCase, most: float) -> Target:
 
     what = f"a step of {case.title}: share of loader, augmentation and loss, {CACHED}"
     return Target(what=what, quantity=quantity, at_most=100 * most, unit=" %")
+
+
+def _loader_over(name: str, least: float) -> Target:
+    return Target(
+        what=f"images/s of the loader in memory over {name}",
+        quantity=lambda figures: None if figures.loaders is None else loaders.speed_up(figures.loaders, name),
+        at_least=least,
+    )
 
 
 def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:

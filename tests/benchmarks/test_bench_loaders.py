@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks import loaders
+from benchmarks import loaders, targets
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +32,14 @@ def test_the_table_tells_who_is_faster_and_whether_that_is_enough() -> None:
     assert "| FFCV's own pipeline | absent: not installed | |" in text
     assert "memory at least 5 x torchvision + DataLoader: 6.0 x, met" in text
     assert "memory at least 1.5 x FFCV's own pipeline: not measured" in text
+
+
+def test_targets_are_judged_with_the_others() -> None:
+    rates = {"memory": 3000, loaders.TORCHVISION: 500}
+    results = {"device": "cpu", "records": [], "loaders": {"images_per_s": rates}}
+    found = {
+        verdict.target.what: verdict for verdict in targets.judge(results) if "loader in memory" in verdict.target.what
+    }
+    met, unknown = found.values()
+    assert (met.value, met.met) == (6.0, True)
+    assert (unknown.value, unknown.met) == (None, None)

@@ -33,12 +33,12 @@ def asked_in_training(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Images that a cached teacher was shown while a generation was trained."""
     shown: list[int] = []
     is_training = False
-    compute, run_epoch = CachedTeacher.compute, loop.Loop.run_epoch
+    logits, run_epoch = CachedTeacher.logits, loop.Loop.run_epoch
 
-    def counted(teacher: CachedTeacher, keys: torch.Tensor, images: torch.Tensor) -> None:
+    def counted(teacher: CachedTeacher, images: torch.Tensor) -> torch.Tensor:
         if is_training:
             shown.append(len(images))
-        compute(teacher, keys, images)
+        return logits(teacher, images)
 
     def training(*arguments: Any) -> None:
         nonlocal is_training
@@ -48,7 +48,7 @@ def asked_in_training(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         finally:
             is_training = False
 
-    monkeypatch.setattr(CachedTeacher, "compute", counted)
+    monkeypatch.setattr(CachedTeacher, "logits", counted)
     monkeypatch.setattr(loop.Loop, "run_epoch", training)
     return shown
 

@@ -12,21 +12,11 @@ from torch import Tensor
 JIT: dict[str, Any] = {
     "do_not_specialize": [
         *("num_rows", "num_in", "num_out", "num_channels", "num_tiles", "tile_rows", "first", "measured", "eps"),
-        *(
-            "x_pitch",
-            "grad_pitch",
-            "out_pitch",
-            "into_pitch",
-            "weight_pitch",
-            "terms_pitch",
-            "split_rows",
-            "num_splits",
-            "share",
-        ),
-        "size",
+        *("x_pitch", "grad_pitch", "out_pitch", "into_pitch", "weight_pitch", "terms_pitch"),
+        *("split_rows", "num_splits", "share", "size"),
     ],
     "do_not_specialize_on_alignment": [
-        *("gamma", "beta", "mean", "var", "scale", "shift", "statistics", "batch_mean", "batch_var"),
+        *("gamma", "beta", "mean", "var", "scale", "shift", "batch_mean", "batch_var"),
         *("partials", "terms", "total", "norm_grad"),
     ],
 }

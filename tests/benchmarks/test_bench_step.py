@@ -1,13 +1,17 @@
 """The whole-step benchmark: all do the same work, shares are of a whole, targets are judged by rounds."""
 
 import json
+import math
 import subprocess
 import sys
+import time
+from typing import Any
 
+import bench_records
 import pytest
 import torch
 
-from benchmarks import machine, step, step_figures, targets, trainers
+from benchmarks import machine, report, step, step_figures, tables, targets, trainers
 from benchmarks.step_figures import CACHED, COMPILED, COMPOSED, LIVE, NAIVE, SUPERVISED, Case, Record
 
 SMALL, CPU = Case("wrn-10-1", 4), torch.device("cpu")
@@ -92,6 +96,35 @@ def test_targets_are_judged_round_by_round() -> None:
     assert share.value == pytest.approx(2.5)
     assert share.met
     assert all("step" in what for what in found)
+
+
+def test_a_report_goes_on_without_what_fails_or_has_no_time(monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    answers = iter([record, subprocess.CalledProcessError(1, "python"), subprocess.TimeoutExpired("python", 1)])
+
+    def measured(case: Case, device: str, **_: Any) -> Record:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(step, "measure_apart", measured)
+    monkeypatch.setattr(step, "cases", lambda device: [SMALL] * 3)
+    steps: list[Record] = []
+    saved: list[int] = []
+    failed = report.measure_steps("cpu", steps, math.inf, lambda: saved.append(len(steps)))
+    assert steps == [record]
+    assert saved == [1, 1, 1]
+    assert [each["passed"] for each in failed] == [False, True]
+    assert "status 1" in failed[0]["outcome"]
+    (late,) = report.measure_steps("cpu", steps, time.monotonic() + 1, lambda: None)[:1]
+    assert "the run's time was over" in late["outcome"]
+
+
+def test_steps_and_loaders_are_in_the_tables(record: Record) -> None:
+    loaded = {"images_per_s": {"memory": 3000}, "absent": {}, "targets": []}
+    page = tables.all_pages([bench_records.results() | {"steps": [record], "loaders": loaded}])
+    assert "#### Whole training steps\n\nwrn-10-1, batch 4, random images" in page
+    assert "#### Loaders alone" in page
 
 
 @pytest.mark.slow

@@ -75,12 +75,13 @@ def unigram_perplexity(corpus: Corpus, split: str) -> float:
 
 
 def file_name(made: dict[str, Any]) -> str:
-    """Text, network, machine and commit."""
-    commit = (made["trained_on"].get("git_commit") or "unknown")[:10]
-    text = "-".join(
-        (Path(made["config"]["data"]["name"]).name, made["config"]["model"]["name"], made["trained_on"]["device"])
-    )
-    return f"{re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')}-{commit}.json"
+    """Text, network, what students learn from, machine and commit."""
+    config, trained_on = made["config"], made["trained_on"]
+    objective = config["objective"]
+    weights = [str(objective[name]) for name in ("kd_weight", "label_weight") if objective[name] is not None]
+    words = (config["data"]["name"], config["model"]["name"], objective["name"], *weights, trained_on["device"])
+    commit = (trained_on.get("git_commit") or "unknown")[:10]
+    return f"{re.sub(r'[^a-z0-9]+', '-', '-'.join(words).lower()).strip('-')}-{commit}.json"
 
 
 if __name__ == "__main__":

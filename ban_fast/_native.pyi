@@ -5,6 +5,8 @@ from typing import TypedDict
 from torch import Tensor
 from typing_extensions import NotRequired
 
+INTERFACE: int
+
 Matrix = tuple[int, int, int, int, int]
 """Address, dtype code, rows, strides in elements."""
 Selection = tuple[int, int, int, int, int]

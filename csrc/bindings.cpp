@@ -47,6 +47,8 @@ using ResultArgs = std::tuple<Address, Address, Address, Address, Address>;  // 
 
 ban_fast::Matrix matrix(const MatrixArgs& args) {
   const auto [data, dtype, rows, row_stride, column_stride] = args;
+  // torch's zero tensors, and wrappers of its transforms, have a shape and no memory.
+  if (data == 0 && rows > 0) throw py::value_error("logits: a tensor without memory of its own was given; clone it");
   return {at<const void>(data), ban_fast::DType(dtype), rows, row_stride, column_stride};
 }
 
@@ -284,6 +286,7 @@ py::dict cuda_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of ban_fast over plain addresses; see ban_fast/backends/native.py.";
+  m.attr("INTERFACE") = 1;  // as in backends/native.py
   ban_fast::add_usual_calls(m.ptr());
   m.def("kd", &kd);
   m.def("dkpp", &dkpp);

@@ -75,6 +75,15 @@ def test_a_missing_extension_is_an_import_error_that_says_what_to_do() -> None:
     assert "pip install" in done.stdout
 
 
+def test_an_extension_built_from_other_sources_is_refused() -> None:
+    script = (
+        "import ban_fast._native as native\nnative.INTERFACE -= 1\n"
+        "from ban_fast.backends import dispatch\nprint(dispatch.available()['native'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert "built from other sources than these: run `pip install -e .` again" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a source distribution holds, without what was built in place."""

@@ -19,6 +19,11 @@ except ImportError as error:
         "with `pip install -e .` in its source tree"
     ) from error
 
+_INTERFACE = 1
+"""Goes up with every change of what is handed over: the kernels trust it, and a module built before would crash."""
+if getattr(_native, "INTERFACE", None) != _INTERFACE:
+    raise ImportError("ban_fast._native was built from other sources than these: run `pip install -e .` again")
+
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _REDUCTION = {"mean": 0, "sum": 1, "none": 2}
 _NO_MATRIX = (0, 0, 0, 0, 0)

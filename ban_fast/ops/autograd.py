@@ -97,7 +97,11 @@ def _shaped(value: Tensor, logits: Tensor) -> Tensor:
 
 def is_traced(logits: Tensor) -> bool:
     """Whether a call must go through the dispatcher; in plain eager mode that would cost a third of a small loss."""
-    return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
+    return (
+        torch.compiler.is_compiling()
+        or type(logits) not in (Tensor, torch.nn.Parameter)
+        or torch._is_functional_tensor(logits)
+    )
 
 
 class _Stored(torch.autograd.Function):

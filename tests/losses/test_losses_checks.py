@@ -185,3 +185,8 @@ def test_representation_shows_the_options() -> None:
     )
     assert "weight_by='teacher_label'" in repr(CWTMLoss(weight_by="teacher_label"))
     assert "seed=3" in repr(DKPPLoss(seed=3))
+
+
+def test_a_tensor_without_memory_is_refused_not_read() -> None:
+    with pytest.raises(ValueError, match="without memory"):
+        kd_loss(torch.randn(4, 5), torch._efficientzerotensor(4, 5), backend="native")

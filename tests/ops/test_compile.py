@@ -218,3 +218,9 @@ def test_inductor() -> None:
         return [parameter.detach() for parameter in model.parameters()]
 
     torch.testing.assert_close(train(True), train(False))
+
+
+def test_functionalize() -> None:
+    student, teacher = logits()
+    found = torch.func.functionalize(kd_loss)(student, teacher)
+    assert torch.equal(found, kd_loss(student, teacher))

@@ -34,8 +34,9 @@ LAP_STEPS = {"cpu": {"wrn-16-1": 16, "densenet-bc-100-12": 2}, "cuda": {}}
 GPU_STEPS = 40
 ROUNDS = 7
 SHARE_ROUNDS = 3
-# Off the gradient of the plain fp32 network and loss, in the 2-norm: fp32 rounded through a hundred layers, or bf16.
-LIMITS = {"cpu": 1e-3, "cuda": 0.3}
+# Off the gradient of the plain fp32 network and loss, in the 2-norm: bf16, or fp32 rounded otherwise through a hundred
+# layers, whose ReLUs flip (7.6e-3 between DenseNet-BC-100-12 and itself in channels_last, on noise).
+LIMITS = {"cpu": 2e-2, "cuda": 0.3}
 
 
 def cases(device: str) -> list[Case]:

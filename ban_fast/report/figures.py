@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from . import describe, paper, style
+from .curves import Points, draw, longest
 
 Record = Mapping[str, Any]
 _CROWDED = 11  # generations whose names and values would run into each other
@@ -94,41 +96,32 @@ def _published(axes: Axes, config: Record, numbers: Iterable[int], votes: Sequen
 def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequence[Record]]) -> Figure:
     """By epoch, for each generation: the evaluated error, the training error and the training loss."""
     drawn = style.figure(10.8, 4.4, "Learning curves", describe.title(config), _notes(config, results))
-    left, middle, right = drawn.subplots(1, 3)
     split = next((r["evaluation"]["split"] for c in curves.values() for r in c if r.get("evaluation")), "test")
     names = f"{split} error (%)", "training error (%)", "training loss (nats)"
-    for axes, name in zip((left, middle, right), names, strict=True):
-        style.quiet(axes)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-    colors = style.generation_colors(max(curves) + 1)
-    longest = max(len(records) for records in curves.values())
-    for number, records in curves.items():
-        look: dict[str, Any] = {"color": colors[number], "linewidth": 1.4, "label": describe.generation(number)}
-        if longest < 25:
-            look |= {"marker": "o", "markersize": 3.5}
-        for axes, points in (
-            (left, [(r["epoch"], r["evaluation"]["error"]) for r in records if r.get("evaluation")]),
-            (middle, [(r["epoch"], r["train"]["error"]) for r in records]),
-            (right, [(r["epoch"], r["train"]["loss"]) for r in records]),
-        ):
-            known = [(x, y) for x, y in points if y is not None]
-            axes.plot([x for x, _ in known], [y for _, y in known], **look)
+    left, middle, right = draw(drawn, names, curves, _points)
     for axes in (left, middle):
         # The first tenth is steep: with it in view, what tells generations apart at the end would be a line's width.
-        later = [y for line in axes.lines for x, y in line.get_xydata() if x > longest // 10]
+        later = [y for line in axes.lines for x, y in np.asarray(line.get_xydata()) if x > longest(curves) // 10]
         if later:
             low, high = min(later), max(later)
             bottom = 0 if low <= high / 2 else low - (0.05 * (high - low) or 1)
             axes.set_ylim(bottom, high + (0.05 * (high - bottom) or 1))
-    if any(y > 0 for line in right.lines for y in line.get_ydata()):
+    if any((np.asarray(line.get_ydata(), float) > 0).any() for line in right.lines):
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter("{x:g}")
         right.yaxis.set_minor_formatter(NullFormatter())
-    style.legend(drawn, [left], min(len(curves), 10))
     return drawn
+
+
+def _points(records: Sequence[Record]) -> list[Points]:
+    """(epoch, value) of each panel, as far as they are known."""
+    panels = (
+        [(r["epoch"], r["evaluation"]["error"]) for r in records if r.get("evaluation")],
+        [(r["epoch"], r["train"]["error"]) for r in records],
+        [(r["epoch"], r["train"]["loss"]) for r in records],
+    )
+    return [[(x, y) for x, y in points if y is not None] for points in panels]
 
 
 def reliability(config: Record, results: Record) -> Figure:

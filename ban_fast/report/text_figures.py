@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from . import describe, paper, style
+from .curves import Points, draw
 
 Record = Mapping[str, Any]
 _CROWDED = 11  # generations whose names and values would run into each other
@@ -73,24 +74,9 @@ def learning_curves(config: Record, results: Record, curves: Mapping[int, Sequen
     """By epoch, for each generation: validation and training perplexity, and the learning rate."""
     notes = [describe.scaled_down(config), describe.unfinished(config, results)]
     drawn = style.figure(10.8, 4.4, "Learning curves", describe.title(config), notes)
-    panels: Sequence[Axes] = drawn.subplots(1, 3)
     names = "validation perplexity", "training perplexity (dropout on)", "learning rate"
-    for axes, name in zip(panels, names, strict=True):
-        style.quiet(axes)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-    colors = style.generation_colors(max(curves) + 1)
-    longest = max(len(records) for records in curves.values())
-    for number, records in curves.items():
-        look: dict[str, Any] = {"color": colors[number], "linewidth": 1.4, "label": describe.generation(number)}
-        if longest < 25:
-            look |= {"marker": "o", "markersize": 3.5}
-        for axes, points in zip(panels, _points(records), strict=True):
-            axes.plot([x for x, _ in points], [y for _, y in points], **look)
-    for axes in panels:
+    for axes in draw(drawn, names, curves, _points):
         _scale(axes)
-    style.legend(drawn, [panels[0]], min(len(curves), 10))
     return drawn
 
 
@@ -104,9 +90,9 @@ def _scale(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
 
 
-def _points(records: Sequence[Record]) -> tuple[list[tuple[int, float]], ...]:
+def _points(records: Sequence[Record]) -> list[Points]:
     """(epoch, value) of each panel; a training loss that no perplexity belongs to is left out."""
     evaluated = [(r["epoch"], r["evaluation"]["perplexity"]) for r in records if r.get("evaluation")]
     losses = [(r["epoch"], r["train"].get("label")) for r in records]
     trained = [(epoch, math.exp(loss)) for epoch, loss in losses if loss is not None and loss < 700]
-    return evaluated, trained, [(r["epoch"], r["lr"]) for r in records if r.get("lr")]
+    return [evaluated, trained, [(r["epoch"], r["lr"]) for r in records if r.get("lr")]]

@@ -4,6 +4,7 @@ Which views those are is known without an image being made: loaders key them by 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import islice
 
 import torch
@@ -58,7 +59,8 @@ def _fill_from_memory(
     large = size
     if teacher.device.type == _LARGE_ON and len(order) >= _LARGE * size:
         first = slice(_LARGE * size)
-        large = _LARGE * size if _same_bits(teacher, loader.gather(order[first], views[first]), size) else size
+        gather = partial(loader.gather, order[first], views[first])
+        large = _LARGE * size if _same_bits(teacher, gather, size) else size
     start = 0
     while start < len(order):
         _continue_or_stop(teacher, should_stop)
@@ -84,9 +86,14 @@ def _wanted(
     return order, views, keys
 
 
-def _same_bits(teacher: CachedTeacher, images: Tensor, size: int) -> bool:
-    """Whether the teacher's outputs for a large batch are those for batches of training, to the bit."""
-    return torch.equal(teacher.logits(images), torch.cat([teacher.logits(part) for part in torch.split(images, size)]))
+def _same_bits(teacher: CachedTeacher, gather: Callable[[], Tensor], size: int) -> bool:
+    """Whether the teacher's outputs for a large batch fit into memory, and are those for batches of training."""
+    try:
+        images = gather()
+        together = teacher.logits(images)
+    except torch.OutOfMemoryError:
+        return False
+    return torch.equal(together, torch.cat([teacher.logits(part) for part in torch.split(images, size)]))
 
 
 def _fill_by_epochs(teacher: CachedTeacher, loader: KeyedLoader, steps: Mapping[int, int], should_stop: Stop) -> None:

@@ -1,5 +1,6 @@
 """The sequence of teaching selves (Furlanello et al. 2018, eqs. 1-4): a teacher, its students, and their vote."""
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,6 +167,7 @@ def _grow_generation(
     should_stop: Callable[[], bool],
 ) -> None:
     seed = generation_seed(config.seed, number)
+    gc.collect()  # a learner and its recorded steps are a cycle, and hold a GPU's memory until it is found
     with ExitStack() as stack:
         loader = task.train(derived_seed(seed, "order"))
         teachers = _teachers(number, lineages, config, task, loader, home, observer, stack)
@@ -199,6 +201,8 @@ def _fill(
     first = min(learner.epoch for learner in learners)
     epochs = range(first, -(-learners[0].total_steps // loader.steps_per_epoch))
     steps = {epoch: learners[0].batches(epoch) for epoch in epochs}
+    if not steps:  # resumed where only the last evaluation was left
+        return
     for teacher in {id(learner.teacher): learner.teacher for learner in learners}.values():
         if isinstance(teacher, CachedTeacher):
             assert isinstance(loader, KeyedLoader)

@@ -187,11 +187,11 @@ class CachedTeacher(Frozen):
         return self._slots[keys] == UNKNOWN
 
     def addresses(self) -> Sequence[int] | None:
-        """Where tables lie that grow; None where a batch's rows have to be copied to the device."""
+        """Where tables lie that grow, and their size; None where a batch's rows have to be copied to the device."""
         table = self._table()
         if table.device.type != self.device.type:
             return None
-        return table.data_ptr(), 0 if self._confidence is None else self._confidence.room.data_ptr()
+        return table.data_ptr(), len(table), 0 if self._confidence is None else self._confidence.room.data_ptr()
 
     def _table(self) -> Tensor:
         """With room for rows to come, where it is in memory: it stays where it is until that is full."""

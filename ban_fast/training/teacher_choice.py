@@ -139,14 +139,18 @@ def choose_teacher(
     try:
         return _cached(frozen, config, task, loader, objectives, home, owner, same_bits)
     except InUse:
-        if not _may_change(config, before):
+        if not _may_change(config, task, before):
             raise
         return LiveTeacher(network, reader), f"live: another process uses its cache in {_place(config, home)}"
 
 
-def _may_change(config: Config, before: str | None) -> bool:
-    """Whether a teacher may still be live that could be cached: what was rounded in an earlier session remains so."""
-    return config.teacher.mode == "auto" and (before is None or config.teacher.cache_dtype == "fp32")
+def _may_change(config: Config, task: Task, before: str | None) -> bool:
+    """Whether a teacher may still be live that could be cached.
+
+    What was rounded in an earlier session remains so, and a text's teacher has read on only in what it kept.
+    """
+    is_exact = config.teacher.cache_dtype == "fp32" and not task.is_fixed
+    return config.teacher.mode == "auto" and (before is None or is_exact)
 
 
 def _reason_for_live(
@@ -159,7 +163,7 @@ def _reason_for_live(
         return several if task.is_fixed else "what a DataLoader serves can't be told apart", False
     if is_auto and before == "live":
         return "as this generation began", False
-    if _may_change(config, before) and (reason := _too_large(config, task, home, False, frozen.fingerprint)):
+    if _may_change(config, task, before) and (reason := _too_large(config, task, home, False, frozen.fingerprint)):
         return reason, False
     dtype, same_bits = _probe(frozen, config, task)
     is_even = task.rows_per_step % task.ranks.size == 0

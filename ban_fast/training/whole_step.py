@@ -138,6 +138,8 @@ class WholeSteps:
 
     def epoch(self, epoch: int, first: int, last: int) -> Iterator[int]:
         """Make the steps of batches `first` to `last` - 1; their numbers, as they are made."""
+        if first == last:  # resumed where only the epoch's evaluation was left
+            return
         self._whole.begin(epoch, first)
         ready = first
         for number in range(first, last):

@@ -187,6 +187,7 @@ def test_info_says_which_is_used_and_what_is_wrong_with_a_name(instruction_sets:
     assert f"CPU in _native   none: BAN_FAST_ISA is 'nonesuch'; this machine has: {listed}" in wrong
 
 
+@pytest.mark.slow
 def test_every_instruction_set_passes_the_kernels_tests(instruction_sets: list[str]) -> None:
     for isa in instruction_sets:
         if isa == _native.instruction_set():

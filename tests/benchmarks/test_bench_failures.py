@@ -191,6 +191,7 @@ def measured(case: Case) -> list[dict[str, Any]]:
     return [record(cuda.PLAIN) | {"case": case.to_dict(), "laps_s": {}}]
 
 
+@pytest.mark.slow
 def test_a_run_in_which_all_goes_well(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     status, results, page = gpu(passing, measured)
@@ -209,6 +210,7 @@ def test_a_run_in_which_all_goes_well(gpu: Any, monkeypatch: pytest.MonkeyPatch)
     assert "Failed" not in page
 
 
+@pytest.mark.slow
 def test_a_run_in_which_everything_fails(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
 

@@ -41,6 +41,7 @@ def resumed(start: Start, *more: str) -> Said:
     return said
 
 
+@pytest.mark.slow
 def test_a_full_disk(start: Start, tmp_path: Path, whole: Any) -> None:
     """Which stays full, then has room again."""
 

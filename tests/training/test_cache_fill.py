@@ -152,3 +152,23 @@ def test_large_batches_where_they_give_the_same_bits(monkeypatch: pytest.MonkeyP
 def test_a_live_teacher_has_none() -> None:
     with pytest.raises(OptionError, match=r"teacher\.cache_fill: a live teacher has no cache; leave it out"):
         run(config(teacher=TeacherConfig(mode="live", cache_fill="ahead")), **own())
+
+
+def test_stopped_in_the_last_evaluation(tmp_path: Path) -> None:
+    """Where nothing is left to be read, nothing is filled."""
+    chosen, arguments = settings("one view", AHEAD)
+    arguments = arguments | {"validation": arguments["test"]}
+    run(chosen, out=tmp_path / "whole", **arguments)
+    expected = footprint(tmp_path / "whole")
+
+    class InTheLastEvaluation:
+        """`should_stop`, once the student of generation 1 has made its last step and closed its last epoch."""
+
+        def __call__(self) -> bool:
+            journal = tmp_path / "run" / "generation-1" / "metrics.jsonl"
+            return journal.is_file() and len(journal.read_text().splitlines()) == chosen.epochs
+
+    with pytest.raises(Interrupted):
+        run(chosen, out=tmp_path / "run", should_stop=InTheLastEvaluation(), **arguments)
+    run(chosen, out=tmp_path / "run", resume=True, **arguments)
+    assert footprint(tmp_path / "run") == expected

@@ -88,10 +88,13 @@ def test_in_bf16(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert but_for_steps(tmp_path / "whole") == but_for_steps(tmp_path / "served")
 
 
+QUESTIONS = [3, 4 * 3 + 2, *range(18, 24), *(pytest.param(q, marks=pytest.mark.slow) for q in range(24, 40))]
+
+
 @pytest.mark.usefixtures("whole")
-@pytest.mark.parametrize("question", [3, 4 * 3 + 2])
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_an_interrupted_run_goes_on(tmp_path: Path, question: int) -> None:
-    """Begun with whole steps, resumed with them."""
+    """Begun with whole steps, resumed with them, wherever it was stopped: between steps, and in evaluations."""
     settings = config("dkpp", teacher=TeacherConfig(mode="cache"))
     run(settings, out=tmp_path / "a", **own())
     with pytest.raises(Interrupted):

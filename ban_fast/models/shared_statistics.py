@@ -55,8 +55,8 @@ class SharedBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, ...] -> the same
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        by_batch = self.training or self.running_mean is None
-        if group is None or group.size() == 1 or not by_batch:
+        # In eval mode ranks may see different numbers of batches: one without running statistics takes its own batch's.
+        if group is None or group.size() == 1 or not self.training:
             return super().forward(x)
         y, statistics, total = batch_norm(x, self.weight, self.bias, self.eps, group=group.group_name)
         self._track(statistics, total)

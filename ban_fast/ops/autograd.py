@@ -38,6 +38,8 @@ def evaluate(
         loss, kd, label = _evaluate_traced(name, student, inputs, need_grad, backend, options)
     else:
         chosen = dispatch.resolve(backend, name, student)
+        student = student.resolve_neg()  # backends read memory, where a view's minus is not written
+        inputs = tuple(value.resolve_neg() if isinstance(value, Tensor) else value for value in inputs)
         output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, need_terms=return_terms, **options)
         loss, kd, label, grad, grad_scale = output
         if need_grad:
@@ -66,6 +68,8 @@ def usual(
         return None
     if student_logits.dim() != 2 or student_logits.dtype not in DTYPES:  # what no backend can be chosen for
         return None
+    if student_logits.is_neg() or (isinstance(teacher_logits, Tensor) and teacher_logits.is_neg()):
+        return None  # a view that only says that its memory is to be negated
     chosen = dispatch.resolve(backend, "kd", student_logits)
     usual_kd = getattr(chosen, "usual_kd", None)
     if usual_kd is None:

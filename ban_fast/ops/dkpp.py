@@ -178,7 +178,7 @@ def dkpp_targets(
     shape = checks.check_targets(teacher_logits, sample_ids, teacher_rows)
     checks.check_step(step, teacher_logits)
     inputs = (
-        flat(teacher_logits).detach(),
+        flat(teacher_logits).detach().resolve_neg(),
         flat_rows(sample_ids),
         _operand(step, teacher_logits),
         flat_rows(teacher_rows),

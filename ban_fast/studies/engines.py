@@ -49,8 +49,9 @@ class LocalPool:
         return bool(self._free)
 
     def start(self, name: str) -> None:
-        slot = self._free.pop()
+        slot = self._free[-1]
         self._workers.append((slot, Worker(Job.here(self._directory, name, slot.threads, slot.gpus))))
+        self._free.pop()
 
     def ended(self, seconds: float) -> list[tuple[str, Outcome]]:
         until = time.monotonic() + seconds

@@ -3,6 +3,7 @@
 The study's directory must be one that all machines share: Ray moves no files.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -48,7 +49,7 @@ class RayEngine:
                     "--cpus-per-run or --gpus-per-run"
                 )
             self._workers = asked.workers or room
-            self._bell = self._ray.remote(num_cpus=0)(_Bell).remote()
+            self._bell = self._ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Bell).remote()
         except BaseException:
             self.close()
             raise
@@ -82,7 +83,8 @@ class RayEngine:
 
     def close(self) -> None:
         if self._names:
-            self.ask_to_stop()
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self.ask_to_stop()
             _, left = self._ray.wait(list(self._names), num_returns=len(self._names), timeout=PATIENCE)
             for reference in left:
                 self._ray.cancel(reference, force=True)

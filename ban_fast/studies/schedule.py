@@ -176,7 +176,11 @@ class _Execution:
             elif (run.teacher is None or run.teacher in self._done) and self._engine.has_room():
                 self._waiting.remove(run)
                 self._attempts[run.name] += 1
-                self._engine.start(run.name)
+                try:
+                    self._engine.start(run.name)
+                except OSError as error:  # no more processes, memory or files: the others go on
+                    self._ended(run, Outcome(kind="failed", text=f"could not be started: {error.strerror}"), False)
+                    continue
                 self._observer.run_started(run, self._attempts[run.name])
 
     def _ended(self, run: StudyRun, outcome: Outcome, stopping: bool) -> None:

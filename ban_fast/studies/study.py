@@ -64,7 +64,11 @@ class Study:
         for seed in seeds:
             for chosen in combinations({**axes, "seed": [seed]}):
                 config = configured(base(chosen) if callable(base) else base, chosen, axes.get("objective.name", ()))
-                listed.append(({label(path): value for path, value in chosen.items()}, config))
+                labels = [label(path) for path in chosen]
+                short = {
+                    path: label(path) if path == "seed" or labels.count(label(path)) == 1 else path for path in chosen
+                }
+                listed.append(({short[path]: value for path, value in chosen.items()}, config))
         return cls.of(listed)
 
     @classmethod

@@ -74,6 +74,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         environment = {**os.environ, **job.variables, "OMP_NUM_THREADS": str(job.threads)}
+        environment["MKL_NUM_THREADS"] = str(job.threads)  # torch heeds it before the other
         environment.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve the other runs
         if job.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)

@@ -6,6 +6,7 @@ is agreed on by all: a rank that went its own way would leave the others waiting
 hosts: no GPU is waited for.
 """
 
+import itertools
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -19,13 +20,16 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from ..data import Shard
-from ..errors import OptionError
+from ..errors import OptionError, UserError
 
 T = TypeVar("T")
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _BACKENDS = ("gloo", "nccl")
 """What their errors name, with a line of their source or as who could not reach another rank."""
+
+
+_joins = itertools.count()
 
 
 class RankLost(Exception):
@@ -180,6 +184,10 @@ def joined(device: str) -> Iterator[Ranks]:
             yield Ranks()
             return
         _join(device != "cpu" and torch.cuda.is_available())
+    elif dist.get_world_size() > 1 and torch.device("cpu") not in _device_types():
+        raise UserError(
+            'the process group has no backend for CPU tensors: make it with init_process_group("cpu:gloo,cuda:nccl")'
+        )
     ranks = _of_default_group()
     may_destroy = dist.get_backend() == "gloo"  # NCCL waits for kernels, and they for a rank that may have gone
     try:
@@ -202,7 +210,9 @@ def _join(uses_gpu: bool) -> None:
     try:
         found, rank, size = next(rendezvous("env://"))
         # torchrun may keep one store through all its restarts, and in it the addresses of processes that are no more.
-        store = PrefixStore(f"ban_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+        # So has a script of several runs, one after the other, all of which join anew.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"ban_fast/{restart}/{next(_joins)}", found)
         store.set(f"gpu/{rank}", str(uses_gpu))
         have_gpu = {store.get(f"gpu/{other}") for other in range(size)}
         if len(have_gpu) == 1:
@@ -212,6 +222,13 @@ def _join(uses_gpu: bool) -> None:
     except RuntimeError as error:
         raise RankLost("the other processes of this run can't be reached") from error
     raise OptionError("device", "some of the processes have a GPU, and some have none: use cpu for all")
+
+
+def _device_types() -> list[torch.device]:
+    """Whose tensors the default group can exchange."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group._device_types
 
 
 def was_launched() -> bool:

@@ -35,6 +35,7 @@ class Parallel:
             return
         if sync_statistics:
             share_statistics(network)
+        ranks.copy(network)  # with `broadcast_buffers=False` DDP leaves buffers as they are
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the option's new name is not known to torch 2.11
             self.module = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)

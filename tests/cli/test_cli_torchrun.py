@@ -188,3 +188,27 @@ def test_two_machines(torchrun: Torchrun, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
     ended(torchrun("--", "train", "--config", "config.json", "--out", "whole"))
     check_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_script_of_several_runs(tmp_path: Path) -> None:
+    """Each joins anew, whoever of them comes first."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from ban_fast.config import Config, DataConfig, ModelConfig\n"
+        "from ban_fast.training import run\n"
+        "for seed in range(3):\n"
+        "    time.sleep(0.5 * ((int(os.environ['RANK']) + seed) % 2))\n"
+        "    data = DataConfig(limit_train=64, limit_test=32)\n"
+        "    model = ModelConfig(name='mlp-8')\n"
+        "    config = Config(data=data, model=model, generations=0, epochs=1, batch_size=16, seed=seed)\n"
+        "    error = run(config).generations[0]['test']['error']\n"
+        f"Path({str(tmp_path)!r}, 'error-' + os.environ['RANK']).write_text(str(error))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "error-0").read_text() == (tmp_path / "error-1").read_text()

@@ -190,3 +190,18 @@ def test_representation_shows_the_options() -> None:
 def test_a_tensor_without_memory_is_refused_not_read() -> None:
     with pytest.raises(ValueError, match="without memory"):
         kd_loss(torch.randn(4, 5), torch._efficientzerotensor(4, 5), backend="native")
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_view_that_is_to_be_negated(backend: str) -> None:
+    """Its memory has the other sign."""
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(4, 5, dtype=torch.complex64).conj().imag for _ in range(2))
+    assert student.is_neg()
+    plain = kd_loss(student.clone(), teacher.clone(), backend=backend)
+    assert torch.equal(kd_loss(student, teacher, backend=backend), plain)
+    assert torch.equal(kd_loss(student.clone(), teacher, backend=backend), plain)
+    assert torch.equal(
+        dkpp_loss(student, teacher, backend=backend), dkpp_loss(student.clone(), teacher.clone(), backend=backend)
+    )
+    assert torch.equal(dkpp_targets(teacher, backend=backend), dkpp_targets(teacher.clone(), backend=backend))

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ban_fast import models
 from ban_fast.errors import OptionError
@@ -130,3 +131,15 @@ def test_a_norm_of_another_kind_is_refused() -> None:
 
     with pytest.raises(OptionError, match="sync_statistics: the network's Special is not one of torch's own"):
         share_statistics(nn.Sequential(Special(3)))
+
+
+def test_in_eval_mode_nobody_is_waited_for() -> None:
+    """Ranks evaluate different numbers of batches: a norm without running statistics takes its own batch's."""
+    norm = SharedBatchNorm(nn.BatchNorm2d(6, track_running_stats=False))
+    x = torch.randn(4, 6, 3, 3)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        y = norm.eval()(x)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(y, nn.BatchNorm2d(6, track_running_stats=False)(x))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ban_fast.config import Config, ModelConfig, ObjectiveConfig
+from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from ban_fast.errors import OptionError, UserError
 from ban_fast.studies import Study, grammar
 
@@ -51,6 +51,14 @@ def test_a_run_of_no_students_is_itself_the_teacher() -> None:
     assert names(study) == ["generations=0,seed=0", "generations=2,seed=0", "generations=1,seed=0"]
     assert [run.teacher for run in study.runs] == [None, "generations=0,seed=0", "generations=0,seed=0"]
     assert not any(run.is_helper for run in study.runs)
+
+
+def test_keys_of_one_name_keep_their_whole_names() -> None:
+    axes: dict[str, list[Any]] = {"text.window": [20, 35], "model.options.window": [30, 40]}
+    base = Config(data=DataConfig(name="ptb"), model=ModelConfig(name="cnn-lstm"))
+    varied = [dict(run.varied) for run in Study.vary(base, axes).runs if not run.is_helper]
+    assert len({tuple(each.items()) for each in varied}) == 4
+    assert varied[0] == {"text.window": 20, "model.options.window": 30, "seed": 0}
 
 
 def test_what_makes_another_teacher_is_not_shared() -> None:

@@ -1,5 +1,6 @@
 """The order of a study's runs, retries and stops, with an engine that runs nothing."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,23 @@ def test_a_second_try_may_do(study: Study, play: Play) -> None:
     assert failed == {}
     assert fates == {name: [] for name in fates}
     assert len(heard.started) == 6 + 4
+
+
+def test_what_can_not_be_started_keeps_nobody_from_it(
+    study: Study, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fated,) = names(study, 1)
+    start = Puppets.start
+
+    def refusing(puppets: Puppets, name: str) -> None:
+        if name == fated:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        start(puppets, name)
+
+    monkeypatch.setattr(Puppets, "start", refusing)
+    _, failed, heard = play(study, retries=1)
+    assert failed == {fated: "could not be started: Resource temporarily unavailable"}
+    assert sum(kind == "done" for _, kind, _ in heard.ended) == 5
 
 
 def test_a_mistake_is_not_tried_again(study: Study, play: Play) -> None:

@@ -5,8 +5,10 @@ what changes from step to step it reads on the device: its place in the epoch, t
 Called as it is, it gives the bits that batches served one by one give; recorded, it is one launch.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +100,7 @@ class Recorded:
         self._step, self._addresses, self._device = step, addresses, device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._warm_ups = WARM_UPS
+        self._draws_on_host = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded_at: Sequence[int] = ()
 
@@ -109,16 +112,20 @@ class Recorded:
             self._graph, self._recorded_at, self._warm_ups = None, addresses, max(self._warm_ups, 1)
         if self._warm_ups:
             self._warm_ups -= 1
+            drawn = _host_generators(self._device)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 self._step()
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._draws_on_host |= _host_generators(self._device) != drawn
             return
         if self._graph is None:
             self._graph = self._record()
         self._graph.replay()
 
     def _record(self) -> torch.cuda.CUDAGraph:
+        if self._draws_on_host:
+            raise NotRecorded("the network draws random numbers on the host, and a replay would repeat them")
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
@@ -126,6 +133,13 @@ class Recorded:
         except RuntimeError as error:  # a wait for the device, an allocation, a library's call that can't be recorded
             raise NotRecorded(str(error).strip().split("\n")[0]) from error
         return graph
+
+
+def _host_generators(device: torch.device) -> tuple[object, ...]:
+    """Where the generators stand that a network could draw from without the device knowing."""
+    _, words, position, *_ = np.random.get_state()
+    on_host = b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), np.asarray(words).tobytes(), position, on_host
 
 
 class WholeSteps:

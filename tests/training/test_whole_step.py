@@ -2,12 +2,14 @@
 
 import copy
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_runs import STEPS, Recorder, StopAt, config, digits, footprint, network, own
@@ -227,6 +229,19 @@ def test_what_can_not_be_recorded_says_why_in_a_line(monkeypatch: pytest.MonkeyP
     with pytest.raises(whole_step.NotRecorded, match=r"^operation not permitted$"):
         step()
     assert notes.lines == ["step"] * whole_step.WARM_UPS + ["record"]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random, lambda: torch.rand(1)])
+def test_draws_on_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Any]) -> None:
+    """A replay would repeat one of them: stochastic depth by `random.random() < p`, for example."""
+    notes = Notes()
+    notes.install(monkeypatch)
+    step = whole_step.Recorded(draw, tuple, GPU)
+    for _ in range(whole_step.WARM_UPS):
+        step()
+    with pytest.raises(whole_step.NotRecorded, match="draws random numbers on the host"):
+        step()
+    assert notes.lines == []
 
 
 # What can't be recorded

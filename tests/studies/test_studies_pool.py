@@ -60,11 +60,12 @@ def test_stopped_and_gone_on_with(study: Study, expected: dict[str, object], tmp
     with pytest.raises(Interrupted):
         run_study(study, out, workers=2, cpus_per_run=1, should_stop=begun.exists)
     assert workers(out) == {}
-    assert not (out / BAN / "generation-1" / "model.safetensors").exists()
     heard = Heard()
     assert run_study(None, out, workers=1, cpus_per_run=1, resume=True, observer=heard) == {}
-    assert heard.before == {TEACHER}
-    assert sorted(heard.started) == [(BAN, 1), (CWTM, 1)]
+    left = {BAN, CWTM} - heard.before  # processes begin at their own pace: one student may have been done
+    assert heard.before >= {TEACHER}
+    assert left
+    assert sorted(heard.started) == [(name, 1) for name in sorted(left)]
     assert footprints(study, out) == expected
     again = Heard()
     assert run_study(study, out, resume=True, observer=again) == {}

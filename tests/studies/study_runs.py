@@ -30,6 +30,11 @@ def small(**changes: Any) -> Config:
     return Config(**{**values, **changes})
 
 
+def lasting(axes: dict[str, list[Any]]) -> Study:
+    """A study of small runs that take some seconds each: a stop that is asked for meets them at work."""
+    return Study.vary(small(epochs=600), axes)
+
+
 def separately(study: Study, path: Path) -> None:
     """Every run of the study by itself, with a teacher of its own."""
     for planned in study.runs:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from study_runs import Heard, footprints, kill_at_work, separately, small, when, workers
+from study_runs import Heard, footprints, kill_at_work, lasting, separately, small, when, workers
 
 from ban_fast.config import TeacherConfig
 from ban_fast.errors import UserError
@@ -53,9 +53,12 @@ def test_a_worker_that_is_killed_goes_on_and_all_are_what_separate_runs_are(
 
 
 @pytest.mark.slow
-def test_stopped_and_gone_on_with(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
     """All save themselves; what is finished is not begun again, also where only the results are left to collect."""
-    out = tmp_path / "study"
+    study, out = lasting({"objective.name": ["ban", "cwtm"]}), tmp_path / "study"
+    torch.set_num_threads(1)
+    separately(study, tmp_path / "separate")
+    expected = footprints(study, tmp_path / "separate")
     begun = out / BAN / "generation-1" / "state.pt"
     with pytest.raises(Interrupted):
         run_study(study, out, workers=2, cpus_per_run=1, should_stop=begun.exists)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from study_runs import Heard, footprints, kill_at_work, separately, small, workers
+from study_runs import Heard, footprints, kill_at_work, lasting, separately, small, workers
 
 from ban_fast.errors import UserError
 from ban_fast.studies import Study, run_study
@@ -59,9 +59,12 @@ def test_half_a_cpu_each_and_two_are_killed(study: Study, expected: dict[str, ob
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_stopped_and_gone_on_with_elsewhere(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
+def test_stopped_and_gone_on_with_elsewhere(tmp_path: Path) -> None:
     """What Ray began, a local pool ends."""
-    out = tmp_path / "study"
+    study, out = lasting({"objective.name": ["ban", "dkpp"]}), tmp_path / "study"
+    torch.set_num_threads(1)
+    separately(study, tmp_path / "separate")
+    expected = footprints(study, tmp_path / "separate")
     begun = out / study.runs[1].name / "generation-1" / "state.pt"
     with pytest.raises(Interrupted):
         run_study(study, out, engine="ray", workers=2, cpus_per_run=0.25, should_stop=begun.exists)

@@ -59,10 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tables", action="store_true", help="measure nothing: only rewrite the tables")
     parser.add_argument("--commit", help="the commit measured, where the checkout has no .git that says so")
     parser.add_argument("--minutes", type=float, help="end by then, the targets measured first (on a GPU: 8.75)")
+    parser.add_argument("--no-build", action="store_true", help="measure the extension that is installed")
     options = parser.parse_args(arguments)
     failed = False
     if not options.tables:
-        failed = measure(options.directory, options.commit, options.minutes)
+        failed = measure(options.directory, options.commit, options.minutes, builds=not options.no_build)
     rewrite()
     return int(failed)
 
@@ -78,14 +79,14 @@ def rewrite() -> None:
         print(f"{path.relative_to(ROOT)}: " + ("tables rewritten" if done else f"has no {tables.BEGIN}, left alone"))
 
 
-def measure(directory: Path, commit: str | None, minutes: float | None) -> bool:
+def measure(directory: Path, commit: str | None, minutes: float | None, *, builds: bool = True) -> bool:
     """Measure, and write the results file; whether a check or a measurement failed."""
     device = runs.device()
     ends = time.monotonic() + 60 * (MINUTES[device] if minutes is None else minutes)
     described = machine.describe(device, commit)
     path = directory / machine.file_name(described)
     print(tables.caption(described | {"complete": True}))
-    done = [build()]
+    done = [build()] if builds else []
     if device == "cuda":
         pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow"]
         done += [check(name, [*pytest, *paths], ends) for name, paths in GPU_TESTS.items()]

@@ -167,7 +167,8 @@ def _grow_generation(
     should_stop: Callable[[], bool],
 ) -> None:
     seed = generation_seed(config.seed, number)
-    gc.collect()  # a learner and its recorded steps are a cycle, and hold a GPU's memory until it is found
+    if task.device.type == "cuda":
+        gc.collect()  # a learner and its recorded steps are a cycle, and hold a GPU's memory until it is found
     with ExitStack() as stack:
         loader = task.train(derived_seed(seed, "order"))
         teachers = _teachers(number, lineages, config, task, loader, home, observer, stack)

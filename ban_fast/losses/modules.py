@@ -25,7 +25,7 @@ class KDLoss(nn.Module):
         scale_t2: whether the KD term is multiplied by T^2, which keeps its gradient's size as T changes.
         ignore_index: rows with this label count nowhere: not in the KD term, not in the mean's denominator.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" (the labels' shape, 0 where ignored).
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class CWTMLoss(nn.Module):
     Args:
         weight_by: "teacher_max" (eq 10) or "teacher_label" (eq 9).
         ignore_index: rows with this label count nowhere: not in the sum, not in the weights' normaliser.
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
     """
 
     def __init__(self, *, weight_by: WeightBy = "teacher_max", ignore_index: int = -100, backend: str = "auto") -> None:

@@ -3,7 +3,6 @@
 import functools
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,11 +24,12 @@ def viewer(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Viewer:
-    """What shows images of `shape` that lie on `device`: in one pass on a CPU, where `_native` was built.
+    """What shows images of `shape` that lie on `device`: in one pass where there is a kernel for it.
 
-    `augmentation` None: each image has the one view, 0, that is itself.
+    On a CPU that is where `_native` was built, on a GPU where Triton can be used. `augmentation` None: each image has
+    the one view, 0, that is itself.
     """
-    kind = OnePass if device.type == "cpu" and _native() is not None else Composed
+    kind = OnePass if _kernel(device.type) is not None else Composed
     return kind(augmentation, shape, mean, std, device=device, dtype=dtype, channels_last=channels_last)
 
 
@@ -56,7 +56,7 @@ class Composed:
 
 
 class OnePass:
-    """A native kernel that looks up what the normalisation makes of each of a byte's 256 values: the same bits."""
+    """A kernel that looks up what the normalisation makes of each of a byte's 256 values: the same bits."""
 
     def __init__(
         self,
@@ -69,25 +69,36 @@ class OnePass:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> None:
-        native = _native()
-        assert native is not None
-        self._show = native.show
+        show = _kernel(device.type)
+        assert show is not None
+        self._show = show
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         ys, xs = sources(augmentation or Augmentation(padding=0, flip=False), shape)
-        self._ys, self._xs = ys.to(torch.int32), xs.to(torch.int32)
+        self._ys, self._xs = (each.to(device, torch.int32).contiguous() for each in (ys, xs))
         channels = shape[-1]
-        every = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(-1, 1, 1, channels)
+        every = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1, 1, 1).expand(-1, 1, 1, channels)
         shown = Normalizer(mean, std, 1, device=device, dtype=dtype)(every)  # [256, C, 1, 1]
         self._words = shown.view(256, channels).t().contiguous()
 
     def __call__(self, images: Tensor, rows: Tensor, views: Tensor) -> Tensor:
-        shown: Tensor = self._show(images.contiguous(), self._ys, self._xs, rows, views, self._words, self._format)
-        return shown
+        return self._show(images.contiguous(), self._ys, self._xs, rows, views, self._words, self._format)
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, torch.memory_format], Tensor]
+"""As `backends/native_images.py` and `backends/triton/images.py` have it."""
 
 
 @functools.cache
-def _native() -> ModuleType | None:
+def _kernel(device_type: str) -> Kernel | None:
+    """What shows images on such devices in one pass, where there is such a thing."""
     try:
-        return importlib.import_module("ban_fast.backends.native_images")
+        if device_type == "cpu":
+            found = importlib.import_module("ban_fast.backends.native_images")
+        elif importlib.import_module("ban_fast.backends.triton").problem(device_type) is None:
+            found = importlib.import_module("ban_fast.backends.triton.images")
+        else:
+            return None
     except ImportError:
         return None
+    show: Kernel = found.show
+    return show

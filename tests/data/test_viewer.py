@@ -13,7 +13,7 @@ from ban_fast.data.viewer import Composed, OnePass
 
 CPU = torch.device("cpu")
 MEAN, STD = (125.3, 123.0, 113.9, 100.0), (63.0, 62.1, 66.7, 50.0)
-native = pytest.mark.skipif(viewer._native() is None, reason="ban_fast._native is not built")
+native = pytest.mark.skipif(viewer._kernel("cpu") is None, reason="ban_fast._native is not built")
 WAYS = [Composed, pytest.param(OnePass, marks=native)]
 AUGMENTATIONS = [
     None,
@@ -107,5 +107,16 @@ def test_one_pass_takes_what_is_not_contiguous() -> None:
 
 
 def test_what_was_not_built_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(viewer, "_native", lambda: None)
+    monkeypatch.setattr(viewer, "_kernel", lambda _: None)
     assert isinstance(viewer.viewer(None, (8, 8, 1), (0.0,), (1.0,), device=CPU), Composed)
+
+
+def test_a_device_has_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("ban_fast.backends.triton", reason="Triton is not installed")
+    from ban_fast.backends.triton import images
+
+    monkeypatch.setattr(triton, "problem", lambda device_type: None if device_type == "cuda" else "no such device")
+    find = viewer._kernel.__wrapped__
+    assert find("cuda") is images.show
+    assert find("xpu") is None
+    assert find("cpu").__module__ == "ban_fast.backends.native_images"

@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/team.h"
+
 namespace ban_fast {
 namespace {
 
@@ -36,7 +38,7 @@ struct Job {
   }
 };
 
-// Workers sleep between jobs. A pool is never destroyed: its threads end with the process, and in a forked child, which
+// For where torch's threads are not to be had. Workers sleep between jobs. A pool is never destroyed: its threads end with the process, and in a forked child, which
 // has none of them, it is left behind as it is.
 class Pool {
  public:
@@ -124,7 +126,9 @@ void parallel_for(std::int64_t count, std::int64_t chunk, int threads, RangeBody
     job.chunk = chunk;
     job.body = body;
     job.context = context;
-    if (pool().try_run(job, helpers)) {
+    // All of torch's threads, as torch does: GNU's runtime ends those that a smaller team leaves out.
+    const auto work = [](void* opaque) { static_cast<Job*>(opaque)->work(); };
+    if (run_on_torch_threads(threads, work, &job) || pool().try_run(job, helpers)) {
       if (job.failed) std::rethrow_exception(job.failure);
       return;
     }

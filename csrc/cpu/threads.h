@@ -1,4 +1,4 @@
-// A small pool of threads that lasts, and survives a fork.
+// Loops over ranges on torch's threads; where there are none, and after a fork, on a small pool that lasts.
 #pragma once
 
 #include <cstdint>

@@ -77,6 +77,36 @@ def test_python_threads_at_once() -> None:
     assert results == [True] * 20
 
 
+def test_work_is_done_on_the_threads_of_torch() -> None:
+    """A team of our own would share its cores with torch's, which spins for milliseconds after each of its operations."""
+    code = (
+        "import os, torch, test_native_processes as these\n"
+        "torch.set_num_threads(2)\n"
+        "torch.ones(1 << 20).exp_()\n"
+        "before = os.listdir('/proc/self/task')\n"
+        "these.every_function()\n"
+        "print(len(before) > 1, os.listdir('/proc/self/task') == before)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["True", "True"], result.stderr
+
+
+def test_a_fork_before_the_first_work_of_ours() -> None:
+    code = (
+        "import os, signal, torch, test_native_processes as these\n"
+        "torch.set_num_threads(2)\n"
+        "torch.ones(1 << 20).exp_()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(60)\n"
+        "    these.every_function()\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["0"], result.stderr
+
+
 def in_a_fork(work: Callable[[], object]) -> object:
     """What `work` returns in a forked child: with a pool that does not survive the fork it would wait for ever.
 

@@ -78,7 +78,7 @@ def test_python_threads_at_once() -> None:
 
 
 def test_work_is_done_on_the_threads_of_torch() -> None:
-    """A team of our own would share its cores with torch's, which spins for milliseconds after each of its operations."""
+    """Two teams would share the cores: torch's spins for milliseconds after each of its operations."""
     code = (
         "import os, torch, test_native_processes as these\n"
         "torch.set_num_threads(2)\n"

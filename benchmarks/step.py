@@ -32,6 +32,7 @@ from benchmarks.trainers import CLASSES, Trainer, networks, trainers
 
 LAP_STEPS = {"cpu": {"wrn-16-1": 16, "densenet-bc-100-12": 2}, "cuda": {}}
 GPU_STEPS = 40
+WARM_UPS = {"cpu": 2, "cuda": 5}
 ROUNDS = 7
 SHARE_ROUNDS = 3
 # Off the gradient of the plain fp32 network and loss, in the 2-norm: bf16, or fp32 rounded otherwise through a hundred
@@ -79,7 +80,9 @@ def measure(case: Case, device: str, rounds: int = ROUNDS, names: tuple[str, ...
         try:
             trainer = make(case, split, where)
             entry["off"] = None if name == SUPERVISED else gradient_off(trainer)
-            for _ in range(2):  # compiles, records graphs, and fills the cache
+            for _ in range(
+                WARM_UPS[device]
+            ):  # compiles, fills the cache, records graphs, and tries how many steps each
                 trainer.epoch()
         except Exception as error:
             entry["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

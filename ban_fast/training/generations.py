@@ -55,8 +55,9 @@ def run(
     test figures. `out` is the run directory (None: no files), `resume` goes on with the run in it, or returns its
     results if it is finished. `teacher_from` is the directory of a run whose teacher would be this one's to the bit, as
     its configuration differs in what students learn from and in their number alone: generation 0 is copied from there,
-    unless it is here already. `should_stop` is asked after every step: where it is true, all is saved and Interrupted
-    is raised. The caller's random generators are left as found.
+    unless it is here already. `should_stop` is asked after every step, of recorded ones after
+    every replay: where it is true, all is saved and Interrupted is raised. The caller's random generators are left as
+    found.
 
     UserError: data, network or options that don't fit each other, a directory in use, a damaged or another run's
     checkpoint, a loss that is not finite, a full disk.

@@ -142,11 +142,11 @@ class Learner:
         self.meter.add(terms, logits, batch.labels, whole)
         self.step_on_device += 1
 
-    def advance(self, images: int) -> None:
-        """Count a step of so many images that was made."""
+    def advance(self, images: int, steps: int = 1) -> None:
+        """Count the step, or steps, of so many images that were made."""
         self.meter.images += images
-        self.step += 1
-        self.batch += 1
+        self.step += steps
+        self.batch += steps
         self.images += images
         self._unsaved = True
 
@@ -241,9 +241,9 @@ class Learner:
         if self.teacher is not None:
             self.teacher.check()
 
-    def check_loss(self) -> None:
-        """UserError if the loss was not finite. Waits for the device."""
-        if not self.meter.is_finite():
+    def check_loss(self, *, late: bool = False) -> None:
+        """UserError if the loss was not finite. Waits for the device; `late`, for what was asked for the last time."""
+        if not (self.meter.was_finite() if late else self.meter.is_finite()):
             raise self._diverged("the loss")
 
     def _check_weights(self) -> None:

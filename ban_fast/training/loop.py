@@ -12,7 +12,8 @@ from .step_choice import GRAPH
 from .teacher import Teacher
 from .whole_step import WholeSteps
 
-# On a GPU, asking whether the loss is finite waits for it: once in so many steps. On the CPU, always.
+# On a GPU one asks whether the loss is finite once in so many steps, and reads the answer when asking again; on the CPU
+# after every step.
 _STEPS_BETWEEN_CHECKS = 50
 
 
@@ -50,8 +51,9 @@ class Loop:
         teachers = list({id(teacher): teacher for teacher in taught_by}.values())
         first, last = min(learner.batch for learner in learners), learners[0].batches(epoch)
         self._clock = time.perf_counter()
-        for number in self._steps(epoch, first, last, learners, teachers):
-            self._observer.step(self._number, epoch * learners[0].steps_per_epoch + number + 1)
+        for made in self._steps(epoch, first, last, learners, teachers):
+            for number in made:
+                self._observer.step(self._number, epoch * learners[0].steps_per_epoch + number + 1)
             stop, is_due = self._ranks.any(self._should_stop(), self._is_due())
             if stop or is_due:
                 self._tally(learners)
@@ -66,17 +68,17 @@ class Loop:
 
     def _steps(
         self, epoch: int, first: int, last: int, learners: list[Learner], teachers: list[Teacher]
-    ) -> Iterator[int]:
-        """Make the steps of an epoch's batches; their numbers, as they are made."""
+    ) -> Iterator[range]:
+        """Make the steps of an epoch's batches; the numbers of those made at once, as they are made."""
         if self._whole is not None:
-            for number in self._whole.epoch(epoch, first, last):
-                self._check(learners[0])
-                yield number
+            for made in self._whole.epoch(epoch, first, last):
+                self._check(learners[0], len(made))
+                yield made
             return
         batches = islice(self._loader.epoch(epoch, first), last - first)
         for number, batch in enumerate(self._prepared(batches, first, teachers), start=first):
             self._step(batch, [learner for learner in learners if learner.batch == number])
-            yield number
+            yield range(number, number + 1)
 
     def _prepared(self, batches: Iterator[Batch], first: int, teachers: list[Teacher]) -> Iterator[Batch]:
         """The same batches, each group of them shown to the teachers before.
@@ -101,9 +103,10 @@ class Loop:
                 learner.learn(batch, None if learner.teacher is None else taught[id(learner.teacher)])
             self._check(learner)
 
-    def _check(self, learner: Learner) -> None:
-        if self._device.type == "cpu" or learner.step % _STEPS_BETWEEN_CHECKS == 0:
-            learner.check_loss()
+    def _check(self, learner: Learner, made: int = 1) -> None:
+        """Look at the loss, after so many steps more."""
+        if self._device.type == "cpu" or learner.step % _STEPS_BETWEEN_CHECKS < made:
+            learner.check_loss(late=True)
 
     def _close_epoch(self, learners: list[Learner]) -> None:
         try:

@@ -25,6 +25,7 @@ class Meter:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._ranks = ranks
         self.images = 0
+        self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def add(self, terms: Terms, logits: Tensor, labels: Tensor, whole: int) -> None:  # [B, C], [B]
         """The part that these have in a batch of `whole` samples, on the device; `images` is counted by the caller."""
@@ -46,6 +47,27 @@ class Meter:
     def is_finite(self) -> bool:
         """Whether every loss so far was: NaN and infinity stay in a sum. Waits for the device."""
         (is_broken,) = self._ranks.any(not math.isfinite(self._sums[0].item()))
+        return not is_broken
+
+    def was_finite(self) -> bool:
+        """`is_finite`; on a GPU as it was when this was last asked: what is asked for now arrives in the meantime.
+
+        So the device is never without work, and the host no further ahead of it than from one question to the next.
+        """
+        if self._sums.device.type != "cuda":
+            return self.is_finite()
+        was_broken = False
+        if self._arriving is None:
+            loss = torch.zeros((), dtype=self._sums.dtype, pin_memory=True)
+            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        else:
+            loss, arrival = self._arriving
+            arrival.synchronize()
+            was_broken = not math.isfinite(loss.item())
+        loss.copy_(self._sums[0], non_blocking=True)
+        arrival.record(torch.cuda.current_stream(self._sums.device))
+        self._arriving = loss, arrival
+        (is_broken,) = self._ranks.any(was_broken)
         return not is_broken
 
     def means(self) -> dict[str, float | None]:

@@ -40,8 +40,8 @@ class Teacher(Protocol):
         """See batches that are about to be taught, in order."""
         ...
 
-    def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:  # [n], [n]
-        """Whether it would learn from seeing some of these. May wait for the device."""
+    def lacks(self, sample_ids: Tensor, views: Tensor) -> Tensor:  # [n], [n] -> bool [n]
+        """Which of these it would learn from seeing."""
         ...
 
     def addresses(self) -> Sequence[int] | None:
@@ -124,9 +124,9 @@ class LiveTeacher(Frozen):
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Nothing can be done before the batch is there."""
 
-    def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:
+    def lacks(self, sample_ids: Tensor, views: Tensor) -> Tensor:
         """It learns nothing."""
-        return False
+        return torch.zeros_like(sample_ids, dtype=torch.bool)
 
     def addresses(self) -> Sequence[int]:
         """Its weights stay where they are."""

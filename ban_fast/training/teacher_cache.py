@@ -174,9 +174,9 @@ class CachedTeacher(Frozen):
             torch.empty(count, 1, device=device),
         )
 
-    def lacks(self, sample_ids: Tensor, views: Tensor) -> bool:
-        """Whether the row of one of them is not known. On a GPU this waits for it."""
-        return bool(self.unknown(self.keys(sample_ids, views)).any())
+    def lacks(self, sample_ids: Tensor, views: Tensor) -> Tensor:
+        """Whose rows are not known."""
+        return self.unknown(self.keys(sample_ids, views))
 
     def keys(self, sample_ids: Tensor, views: Tensor) -> Tensor:  # [n], [n] -> [n]
         """What rows are known by: all views of all samples, counted."""

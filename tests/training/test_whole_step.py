@@ -2,14 +2,11 @@
 
 import copy
 import json
-import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from small_runs import STEPS, Recorder, StopAt, config, digits, footprint, network, own
@@ -30,17 +27,21 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "mas
 class Unrecorded:
     """In the place of `Recorded` where there is no GPU: each step is made as it is, from the same buffers."""
 
+    seconds: ClassVar[dict[int, float]] = {}
+
     def __init__(
         self, step: Callable[[], None], addresses: Callable[[], Sequence[int]], device: torch.device, fail_at: int = -1
     ) -> None:
         self._step, self._addresses, self._left = step, addresses, fail_at
 
-    def __call__(self) -> None:
+    def __call__(self, most: int) -> int:
+        assert most > 0
         self._addresses()
         self._left -= 1
         if self._left == 0:
             raise whole_step.NotRecorded("operation not permitted when stream is capturing")
         self._step()
+        return 1
 
 
 @pytest.fixture
@@ -168,80 +169,6 @@ def test_a_wait_would_be_seen() -> None:
         torch.ones(3)[0].item()
         torch.ones(3).nonzero()
     assert watch.names & WAITING == {"_local_scalar_dense", "nonzero"}
-
-
-# Recording, with a device that only takes notes
-
-
-class Notes:
-    """In the place of torch.cuda: what happened, in order."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.fails = False
-
-    def install(self, patch: pytest.MonkeyPatch) -> None:
-        notes = self
-
-        class Stream:
-            def __init__(self, *_: Any) -> None: ...
-
-            def wait_stream(self, other: Any) -> None: ...
-
-        class Graph:
-            def replay(self) -> None:
-                notes.lines.append("replay")
-
-        @contextmanager
-        def graph(*_: Any, **__: Any) -> Iterator[None]:
-            notes.lines.append("record")
-            if notes.fails:
-                raise RuntimeError("operation not permitted\nand more")
-            yield
-
-        for name, fake in (("Stream", Stream), ("CUDAGraph", Graph), ("graph", graph)):
-            patch.setattr(torch.cuda, name, fake)
-        patch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
-        patch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
-
-
-def test_it_warms_up_records_replays_and_records_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes, place = Notes(), [1]
-    notes.install(monkeypatch)
-    step = whole_step.Recorded(lambda: notes.lines.append("step"), lambda: tuple(place), GPU)
-    for _ in range(5):
-        step()
-    assert notes.lines == ["step"] * whole_step.WARM_UPS + ["record", "step", "replay", "replay"]
-    notes.lines.clear()
-    place[0] = 2  # the table has moved
-    for _ in range(3):
-        step()
-    assert notes.lines == ["step", "record", "step", "replay", "replay"]
-
-
-def test_what_can_not_be_recorded_says_why_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = Notes()
-    notes.install(monkeypatch)
-    notes.fails = True
-    step = whole_step.Recorded(lambda: notes.lines.append("step"), tuple, GPU)
-    for _ in range(whole_step.WARM_UPS):
-        step()
-    with pytest.raises(whole_step.NotRecorded, match=r"^operation not permitted$"):
-        step()
-    assert notes.lines == ["step"] * whole_step.WARM_UPS + ["record"]
-
-
-@pytest.mark.parametrize("draw", [random.random, np.random.random, lambda: torch.rand(1)])
-def test_draws_on_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Any]) -> None:
-    """A replay would repeat one of them: stochastic depth by `random.random() < p`, for example."""
-    notes = Notes()
-    notes.install(monkeypatch)
-    step = whole_step.Recorded(draw, tuple, GPU)
-    for _ in range(whole_step.WARM_UPS):
-        step()
-    with pytest.raises(whole_step.NotRecorded, match="draws random numbers on the host"):
-        step()
-    assert notes.lines == []
 
 
 # What can't be recorded

@@ -1,7 +1,7 @@
 """What only a GPU can show of steps recorded as CUDA graphs: eager bits, no waits, rows that move. `pytest -m gpu`."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from small_runs import Recorder, StopAt, config, digits, footprint, network, own
 
 from ban_fast.config import ModelConfig, TeacherConfig
-from ban_fast.errors import OptionError
-from ban_fast.training import Interrupted, run, whole_step
+from ban_fast.errors import OptionError, UserError
+from ban_fast.training import Interrupted, recorded, run, whole_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,7 +72,7 @@ def test_auto_records_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(settings, out=tmp_path / "b", should_stop=StopAt(40), **data)
     run(settings, out=tmp_path / "b", resume=True, **data)
-    assert footprint(tmp_path / "b") == footprint(tmp_path / "a")
+    assert but_for_steps(tmp_path / "b") == but_for_steps(tmp_path / "a")
 
 
 def test_rows_that_move_are_recorded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,10 +80,10 @@ def test_rows_that_move_are_recorded_anew(tmp_path: Path, monkeypatch: pytest.Mo
     recordings = 0
     real = whole_step.Recorded._record
 
-    def record(self: whole_step.Recorded) -> torch.cuda.CUDAGraph:
+    def record(self: whole_step.Recorded, size: int) -> torch.cuda.CUDAGraph:
         nonlocal recordings
-        recordings += 1
-        return real(self)
+        recordings += size == 1
+        return real(self, size)
 
     monkeypatch.setattr(whole_step.Recorded, "_record", record)
     monkeypatch.setattr("ban_fast.training.cache_store._FIRST_CAPACITY", 64)
@@ -93,21 +93,64 @@ def test_rows_that_move_are_recorded_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert but_for_steps(tmp_path / "graph") == but_for_steps(tmp_path / "eager")
 
 
+@pytest.mark.parametrize("best", recorded.SIZES)
+def test_several_steps_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int) -> None:
+    """Whatever is chosen, with rows that become more and dropout's draws: eager's bits, and memory that is shared."""
+    monkeypatch.setattr(recorded.Trial, "made", choosing(best))
+    made: list[int] = []
+    real = whole_step.Recorded.__call__
+
+    def call(self: whole_step.Recorded, most: int) -> int:
+        made.append(real(self, most))
+        return made[-1]
+
+    monkeypatch.setattr(whole_step.Recorded, "__call__", call)
+    data = own(model=lambda: network()[:4].append(torch.nn.Flatten()).append(torch.nn.Linear(288, 4)))
+    for step in ("eager", "graph"):
+        # 24 batches an epoch: a window, and a rest that no size divides.
+        settings = config("ban", device="cuda", epochs=8, batch_size=3, step=step, teacher=TeacherConfig(mode="cache"))
+        run(settings, out=tmp_path / step, **data)
+    assert but_for_steps(tmp_path / "graph") == but_for_steps(tmp_path / "eager")
+    assert made.count(best) > 20
+
+
+def choosing(best: int) -> Callable[[recorded.Trial, int], bool]:
+    """`Trial.made`, by a clock that finds this size the quickest."""
+    real = recorded.Trial.made
+
+    def made(self: recorded.Trial, steps: int) -> bool:
+        settled = real(self, steps)
+        if settled:
+            self.best = best
+            self.verdict = {best: 1e-3}
+        return settled
+
+    return made
+
+
 def test_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is made as it is, to warm up, and where it is replayed."""
     real = whole_step.Recorded.__call__
 
-    def call(self: whole_step.Recorded) -> None:
-        if not self._warm_ups and self._graph is None:
-            return real(self)  # recording waits once
+    def call(self: whole_step.Recorded, most: int) -> int:
+        if not self._warm_ups and not self._graphs:
+            return real(self, most)  # recording waits once
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return real(self)
+            return real(self, most)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(whole_step.Recorded, "__call__", call)
     run(digits("dkpp", epochs=3, teacher=TeacherConfig(mode="live"), step="graph", device="cuda"))
+
+
+def test_a_broken_loss_ends_the_run() -> None:
+    """Found without waiting for it: a hundred steps later, or at the epoch's end."""
+    settings = digits("label", epochs=3, limit=1000, generations=0, step="graph", device="cuda")
+    settings.optimizer.lr = 1e30
+    with pytest.raises(UserError, match="the loss is not finite in generation 0"):
+        run(settings)
 
 
 class Waits(torch.nn.Module):

@@ -1,0 +1,81 @@
+"""CUDA graphs without a GPU: what is recorded is not made, what is replayed is, and a clock says what it cost."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+
+class Emulated:
+    """In the place of torch.cuda. Steps go through `make`."""
+
+    def __init__(self, costs: dict[int, float] | None = None) -> None:
+        """`costs`: milliseconds of a step by steps a replay; others cost 1."""
+        self.lines: list[str] = []
+        """What happened, in order."""
+        self.replays: list[int] = []
+        """Steps in each replay."""
+        self.fails: Callable[[int], bool] = lambda size: False
+        """Whether graphs of so many steps can't be recorded."""
+        self._costs, self._clock = costs or {}, 0.0
+        self._recording: list[Callable[[], None]] | None = None
+
+    def make(self, step: Callable[[], None]) -> None:
+        """A step: made, or recorded."""
+        if self._recording is None:
+            self.lines.append("step")
+            step()
+            return
+        self._recording.append(step)
+        if self.fails(len(self._recording)):
+            raise RuntimeError("operation not permitted\nand more")
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        device = self
+
+        class Stream:
+            def __init__(self, *_: Any) -> None: ...
+
+            def wait_stream(self, other: Any) -> None: ...
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None: ...
+
+            def record(self, stream: Any) -> None:
+                self.at = device._clock
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.at - self.at)
+
+        class Graph:
+            def __init__(self) -> None:
+                self.steps: list[Callable[[], None]] = []
+
+            def replay(self) -> None:
+                size = len(self.steps)
+                device.lines.append(f"replay {size}")
+                device.replays.append(size)
+                device._clock += size * device._costs.get(size, 1.0)
+                for step in self.steps:
+                    step()
+
+        @contextmanager
+        def graph(recorded: Graph, pool: Any, stream: Any) -> Iterator[None]:
+            device._recording = recorded.steps
+            try:
+                yield
+            finally:
+                device.lines.append(f"record {len(recorded.steps)}")
+                device._recording = None
+
+        fakes = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph}
+        for name, fake in fakes.items():
+            patch.setattr(torch.cuda, name, fake)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+        patch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)

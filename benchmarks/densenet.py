@@ -2,7 +2,8 @@
 
 Forward, cross-entropy and backward, without the optimizer. For time all providers take turns in one process, A, B, C,
 A, B, C. For memory each has a fresh process: what autograd saved (bytes of storages), what the process (on a GPU: the
-allocator) held between forward and backward beyond what it held before, and the most that it held at once.
+allocator) held between forward and backward beyond what it held before, and the most that it held at once. At the end
+stand the targets that what was measured is judged by (targets.py).
 """
 
 import argparse
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ban_fast import models
-from benchmarks import machine
-from benchmarks.harness import quantiles
+from benchmarks import machine, targets
+from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED, Case, Record, table
 
 NETWORKS = ("densenet-bc-100-12", "densenet-112-33", "densenet-90-60", "densenet-80-80")
-PROVIDERS = ("plain", "plain channels_last", "compile", "checkpoint", "shared", "torchvision memory_efficient")
-GRAPHED = ", graphed"
-ON_GPUS = ("compile max-autotune", *(provider + GRAPHED for provider in ("plain channels_last", "shared")))
+PROVIDERS = (PLAIN, CHANNELS_LAST, "compile", CHECKPOINT, SHARED, "torchvision memory_efficient")
+ON_GPUS = ("compile max-autotune", *(provider + GRAPHED for provider in (CHANNELS_LAST, SHARED)))
 """A GPU's beside these: what a training loop reaches that leaves no work to the host. No GPU has run them yet."""
 ROUNDS = 7
 # Off plain's gradient of all parameters, in the 2-norm: fp32 rounded otherwise through a hundred layers, whose ReLUs
@@ -36,24 +36,16 @@ LIMITS = {False: 2e-2, True: 0.3}
 Entry = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A network, a batch and an arithmetic."""
-
-    network: str
-    batch: int
-    amp: bool = False
-
-    @property
-    def title(self) -> str:
-        return f"{self.network}, batch {self.batch}, {'bf16 autocast' if self.amp else 'fp32'}"
-
-
 def cases(device: str) -> list[Case]:
-    """The CPU's target, or everything at two batches on a GPU."""
+    """The CPU's target and the same under autocast, or everything at two batches on a GPU."""
     if device == "cpu":
         return [Case(NETWORKS[0], 32), Case(NETWORKS[0], 32, True)]
     return [Case(network, batch, amp) for network in NETWORKS for batch in (64, 128) for amp in (False, True)]
+
+
+def reported(device: str) -> list[Case]:
+    """Those of a report: all of a CPU's, and of a GPU's the one with targets."""
+    return cases(device) if device == "cpu" else [Case("densenet-80-80", 128, True)]
 
 
 class Step:
@@ -63,12 +55,12 @@ class Step:
         self.case, self.device = case, device
         self.graph: torch.cuda.CUDAGraph | None = None
         graphed, provider = provider.endswith(GRAPHED), provider.removesuffix(GRAPHED)
-        memory = provider if provider in ("checkpoint", "shared") else "plain"
+        memory = provider if provider in (CHECKPOINT, SHARED) else PLAIN
         torch.manual_seed(0)
         self.network = models.create(case.network, memory=memory).to(device)
         self.images = torch.randn(case.batch, 3, 32, 32, device=device)
         self.labels = torch.randint(100, (case.batch,), device=device)
-        if provider == "plain channels_last" or (device == "cuda" and provider != "plain"):
+        if provider == CHANNELS_LAST or (device == "cuda" and provider != PLAIN):
             self.network.to(memory_format=torch.channels_last)
             self.images = self.images.to(memory_format=torch.channels_last)
         self.run: Callable[[Tensor], Tensor] = self.network
@@ -194,7 +186,7 @@ def _peak() -> int:
 def times(providers: tuple[str, ...], case: Case, device: str, rounds: int) -> dict[str, Entry]:
     """Laps of all providers, in turns after two to warm up; a provider whose gradient is off has none."""
     steps = {provider: Step(provider, case, device) for provider in providers}
-    truth = steps["plain"].gradient()
+    truth = steps[PLAIN].gradient()
     entries: dict[str, Entry] = {}
     for provider, step in steps.items():
         off = ((step.gradient() - truth).norm() / truth.norm()).item()
@@ -209,21 +201,41 @@ def times(providers: tuple[str, ...], case: Case, device: str, rounds: int) -> d
     return entries
 
 
-def measure(case: Case, device: str, rounds: int = ROUNDS, providers: tuple[str, ...] = PROVIDERS) -> dict[str, Entry]:
-    """Everything about a case: times by turns in one process, then memory in a process each."""
-    entries: dict[str, Entry] = _fresh("times", case, device, rounds, providers)
-    for provider in providers:
-        entries[provider] |= _fresh("memory", case, device, rounds, (provider.removesuffix(GRAPHED),))
-    return entries
+def measure(
+    case: Case,
+    device: str,
+    rounds: int = ROUNDS,
+    providers: tuple[str, ...] | None = None,
+    timeout: float | None = None,
+) -> Record:
+    """Everything about a case: times by turns in one process, then memory in a process each.
+
+    `providers` are the device's usual ones. subprocess.SubprocessError where a process fails, or all of them together
+    take longer than `timeout` seconds.
+    """
+    ends = None if timeout is None else time.monotonic() + timeout
+    chosen = usual(device) if providers is None else providers
+    entries: dict[str, Entry] = _fresh("times", case, device, rounds, chosen, ends)
+    for provider in chosen:
+        entries[provider] |= _fresh("memory", case, device, rounds, (provider.removesuffix(GRAPHED),), ends)
+    return {"case": asdict(case), "providers": entries}
 
 
-def _fresh(what: str, case: Case, device: str, rounds: int, providers: tuple[str, ...]) -> Any:
+def usual(device: str) -> tuple[str, ...]:
+    """The providers of "cpu" or "cuda"."""
+    return PROVIDERS + ON_GPUS if device == "cuda" else PROVIDERS
+
+
+def _fresh(
+    what: str, case: Case, device: str, rounds: int, providers: tuple[str, ...], ends: float | None = None
+) -> Any:
     """The answer of a new process: `main` with --answer."""
     request = json.dumps(
         {"what": what, "case": asdict(case), "device": device, "rounds": rounds, "providers": providers}
     )
     command = [sys.executable, "-m", "benchmarks.densenet", "--answer", request]
-    done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    left = None if ends is None else max(0.0, ends - time.monotonic())
+    done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=left)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -231,25 +243,6 @@ def answer(what: str, case: Entry, device: str, rounds: int, providers: list[str
     if what == "memory":
         return memory(providers[0], Case(**case), device)
     return times(tuple(providers), Case(**case), device, rounds)
-
-
-def table(case: Case, entries: dict[str, Entry]) -> str:
-    """Markdown: a provider a line."""
-    head = ["", "ms (p20 to p80)", "images/s", "of plain's time", "saved MB", "held MB", "peak MB", "gradient off"]
-    lines = [f"{case.title}\n", " | ".join(["", *head, ""]).strip(), "|---|" + "---:|" * (len(head) - 1)]
-    plain = quantiles(entries["plain"]["laps_s"])[1]
-    for provider, entry in entries.items():
-        clock = ["no time", "", ""]
-        if entry["laps_s"]:
-            low, median, high = quantiles(entry["laps_s"])
-            clock = [
-                f"{1e3 * median:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})",
-                f"{case.batch / median:.0f}",
-                f"{median / plain:.2f}",
-            ]
-        sizes = [f"{entry[key] / 1e6:.0f}" for key in ("saved_bytes", "held_bytes", "peak_bytes")]
-        lines.append("| " + " | ".join([provider, *clock, *sizes, f"{entry['off']:.0e}"]) + " |")
-    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -269,17 +262,20 @@ def main(arguments: list[str] | None = None) -> None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = [Case(network, options.batch, options.amp) for network in options.network or ()] or cases(device)
-    every = PROVIDERS + ON_GPUS if device == "cuda" else PROVIDERS
-    providers = ("plain", *options.provider) if options.provider else every
+    providers = (PLAIN, *options.provider) if options.provider else usual(device)
     if device == "cpu" and (absent := [provider for provider in providers if provider.endswith(GRAPHED)]):
         parser.error(f"--provider {absent[0]!r} needs a CUDA device")
-    record = machine.describe(device) | {"threads": torch.get_num_threads(), "records": []}
+    results = machine.describe(device) | {"densenets": []}
     for case in chosen:
-        entries = measure(case, device, options.rounds, providers)
-        record["records"].append({"case": asdict(case), "providers": entries})
-        print(f"{table(case, entries)}\n", flush=True)
+        record = measure(case, device, options.rounds, providers)
+        results["densenets"].append(record)
+        print(f"{table(record)}\n", flush=True)
+    for verdict in targets.judge(results | {"records": []}):
+        if verdict.value is not None:
+            what, bound, _, found, met = verdict.cells
+            print(f"{met:>3}  {what}: {found} (asked {bound})")
     if options.json is not None:
-        machine.write(options.json, json.dumps(record, indent=1) + "\n")
+        machine.write(options.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

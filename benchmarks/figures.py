@@ -19,6 +19,8 @@ class Figures:
     """Of whole training steps: `step_figures` reads them."""
     loaders: Record | None = None
     """Of the loaders alone, where they were measured: `loaders` reads it."""
+    densenets: list[Record] = field(default_factory=list)
+    """Of DenseNets in every memory: `densenet_figures` reads them."""
 
     def find(self, case: Case, setting: str) -> Record | None:
         for record in self.records:

@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, step, step_figures, tables
+from benchmarks import densenet, densenet_figures, machine, step, step_figures, tables
 from benchmarks import run as runs
 from benchmarks.figures import Figures
 from benchmarks.run import Run
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 MINUTES = {"cpu": math.inf, "cuda": 8.75}
 LOSSES = {"cpu": 0.5, "cuda": 0.7}
-"""Of the time for measuring, where it is limited: whole steps and loaders come after the losses."""
+"""Of the time for measuring, where it is limited: whole steps, loaders and DenseNets come after the losses."""
 SANITIZER_MINUTES = 1.75  # of those, kept for it where it is installed
 # Triton's tests compile some 370 kernels first, most of a second each.
 GPU_TESTS = {
@@ -47,8 +48,8 @@ CHECK_SECONDS = {
 }
 LEAST_SECONDS = 10.0
 """A check that would have less is left out."""
-STEP_SECONDS = 60.0
-"""A case of whole steps, its networks being compiled, would not be done in less."""
+CASE_SECONDS = 60.0
+"""A case of whole steps or of DenseNets, its networks being compiled, would not be done in less."""
 SANITIZER, TOOLS = "compute-sanitizer", ("memcheck", "racecheck")
 Check = dict[str, Any]
 
@@ -93,12 +94,14 @@ def measure(directory: Path, commit: str | None, minutes: float | None, *, build
     last = ends - 60 * SANITIZER_MINUTES if device == "cuda" and shutil.which(SANITIZER) else ends
     left = LOSSES[device] * (last - time.monotonic()) / 60
     steps: list[dict[str, Any]] = []
+    densenets: list[dict[str, Any]] = []
     loaded: dict[str, Any] | None = None
     with Run(device, full=True, minutes=None if left == math.inf else (left - 0.5, left)) as run:
 
         def save(complete: bool) -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            found = run.results(described, done, complete=complete) | {"steps": steps, "loaders": loaded}
+            found = run.results(described, done, complete=complete)
+            found |= {"steps": steps, "loaders": loaded, "densenets": densenets}
             machine.write(path, json.dumps(found, indent=1) + "\n")
 
         save(False)
@@ -108,6 +111,7 @@ def measure(directory: Path, commit: str | None, minutes: float | None, *, build
             outcome, loaded = measure_loaders(last)
             done.append(outcome)
             save(False)
+        done += measure_densenets(device, densenets, last, lambda: save(False))
         if device == "cuda":
             done += sanitize(ends)
         save(True)
@@ -115,6 +119,7 @@ def measure(directory: Path, commit: str | None, minutes: float | None, *, build
     results = json.loads(path.read_text())
     figures = Figures(results["records"])
     print(tables.summary(figures, figures.cases()), *map(step_figures.table, steps), sep="\n\n")
+    print("", *map(densenet_figures.table, densenets), sep="\n\n")
     print(f"\n{tables.target_table(results)}")
     return any(not each["passed"] for each in done) or bool(run.failures) or _ours_failed(run.records)
 
@@ -135,19 +140,39 @@ def measure_cases(run: Run, save: Callable[[], None]) -> None:
 
 def measure_steps(device: str, steps: list[dict[str, Any]], ends: float, save: Callable[[], None]) -> list[Check]:
     """Whole training steps into `steps`, as many cases as there is time for; those that failed or were left out."""
+    calls = [(f"steps of {case.title}", partial(step.measure_apart, case, device)) for case in step.cases(device)]
+    return _each(calls, steps, ends, save)
+
+
+def measure_densenets(
+    device: str, densenets: list[dict[str, Any]], ends: float, save: Callable[[], None]
+) -> list[Check]:
+    """DenseNets in every memory into `densenets`, likewise."""
+    cases = densenet.reported(device)
+    calls = [(f"memories of {case.title}", partial(densenet.measure, case, device)) for case in cases]
+    return _each(calls, densenets, ends, save)
+
+
+def _each(
+    calls: Sequence[tuple[str, Callable[..., dict[str, Any]]]],
+    records: list[dict[str, Any]],
+    ends: float,
+    save: Callable[[], None],
+) -> list[Check]:
+    """What the calls give, each in the time that is left, into `records`; those that failed or were left out."""
     failed = []
-    for case in step.cases(device):
+    for name, call in calls:
         start = time.monotonic()
-        if ends - start < STEP_SECONDS:
-            failed.append(_outcome(f"steps of {case.title}", "left out: the run's time was over", passed=True))
+        if ends - start < CASE_SECONDS:
+            failed.append(_outcome(name, "left out: the run's time was over", passed=True))
             continue
         try:
-            steps.append(step.measure_apart(case, device, timeout=None if ends == math.inf else ends - start))
+            records.append(call(timeout=None if ends == math.inf else ends - start))
         except subprocess.TimeoutExpired:
-            failed.append(_outcome(f"steps of {case.title}", "left out: the run's time was over", passed=True))
+            failed.append(_outcome(name, "left out: the run's time was over", passed=True))
         except subprocess.CalledProcessError as error:
-            failed.append(_outcome(f"steps of {case.title}", f"failed, status {error.returncode}", passed=False))
-        print(f"steps of {case.title}: {time.monotonic() - start:.0f} s", flush=True)
+            failed.append(_outcome(name, f"failed, status {error.returncode}", passed=False))
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
         save()
     return failed
 

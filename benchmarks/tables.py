@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import loaders, machine, step_figures
+from benchmarks import densenet_figures, loaders, machine, step_figures
 from benchmarks.cases import TITLE, Case, targets
 from benchmarks.figures import PEERS, Figures, Record, best, gb_s, milliseconds, ours, ratio, share
 from benchmarks.targets import NOT_MEASURED, judge
@@ -166,6 +166,8 @@ def _page(results: Results, title: str) -> str:
         parts.append(f"<details><summary>{case.title}</summary>\n\n{case_table(figures, case)}\n\n</details>")
     if results.get("steps"):
         parts += ["#### Whole training steps", *(step_figures.table(record) for record in results["steps"])]
+    if results.get("densenets"):
+        parts += ["#### DenseNets in every memory", *map(densenet_figures.table, results["densenets"])]
     if results.get("loaders"):
         parts += ["#### Loaders alone", loaders.table(results["loaders"])]
     if results["checks"]:

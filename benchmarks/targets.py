@@ -1,4 +1,4 @@
-"""What kernels, whole steps and loaders are held to, judged by a run's figures.
+"""What kernels, whole steps, DenseNets' memories and loaders are held to, judged by a run's figures.
 
 `python -m benchmarks.targets FILE` judges a results file; its status is 1 where a target was missed or not measured.
 """
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cuda, loaders, step_figures
+from benchmarks import cuda, densenet_figures, loaders, step_figures
 from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape
+from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED
+from benchmarks.densenet_figures import Case as DenseCase
 from benchmarks.figures import PEERS, Figures, ours, ratio, share
 from benchmarks.session import DEFAULT, TUNED
 from benchmarks.step_figures import CACHED, COMPOSED, NAIVE, SUPERVISED
@@ -62,7 +64,8 @@ class Verdict:
 
 def judge(results: dict[str, Any]) -> list[Verdict]:
     """Every target of the device that the results are of."""
-    figures = Figures(results["records"], results.get("steps", []), results.get("loaders"))
+    steps, densenets = results.get("steps", []), results.get("densenets", [])
+    figures = Figures(results["records"], steps, results.get("loaders"), densenets)
     return [Verdict(target, target.quantity(figures)) for target in targets(results["device"])]
 
 
@@ -91,6 +94,12 @@ def _cpu() -> list[Target]:
     found += [_step_over(case, CACHED, SUPERVISED, at_most=1.05) for case in (small, dense)]
     found.append(_loader_and_loss(small, 0.03))
     found += [_loader_over(name, least) for name, least in loaders.TARGETS.items()]
+    lean = DenseCase("densenet-bc-100-12", 32)
+    found += [
+        _dense_time(lean, SHARED, PLAIN, at_most=1.0, goal=0.67),
+        _dense_bytes(lean, "held_bytes", PLAIN, 0.25),
+        _dense_bytes(lean, "held_bytes", CHECKPOINT, 1.0),
+    ]
     return found
 
 
@@ -126,6 +135,13 @@ def _gpu() -> list[Target]:
             _step_over(case, NAIVE, CACHED, at_least=naive),
             _step_over(case, COMPOSED, CACHED, at_least=composed),
         ]
+    lean = DenseCase("densenet-80-80", 128, amp=True)
+    found += [
+        _dense_time(lean, CHANNELS_LAST, SHARED + GRAPHED, at_least=2.5),
+        _dense_compiled(lean, SHARED + GRAPHED, 1.6),
+        _dense_bytes(lean, "saved_bytes", PLAIN, 0.2),
+        _dense_bytes(lean, "saved_bytes", CHECKPOINT, 0.5),
+    ]
     return found
 
 
@@ -203,6 +219,40 @@ def _loader_over(name: str, least: float) -> Target:
         quantity=lambda figures: None if figures.loaders is None else loaders.speed_up(figures.loaders, name),
         at_least=least,
     )
+
+
+def _dense_time(
+    case: DenseCase,
+    one: str,
+    other: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    goal: float | None = None,
+) -> Target:
+    return Target(
+        what=f"{case.title}: time of {one} over {other}",
+        quantity=lambda figures: densenet_figures.over(densenet_figures.find(figures.densenets, case), one, other),
+        at_least=at_least,
+        at_most=at_most,
+        goal=goal,
+    )
+
+
+def _dense_compiled(case: DenseCase, other: str, least: float) -> Target:
+    def quantity(figures: Figures) -> float | None:
+        return densenet_figures.best_compiled_over(densenet_figures.find(figures.densenets, case), other)
+
+    return Target(what=f"{case.title}: time of the best torch.compile over {other}", quantity=quantity, at_least=least)
+
+
+def _dense_bytes(case: DenseCase, size: str, other: str, most: float) -> Target:
+    def quantity(figures: Figures) -> float | None:
+        record = densenet_figures.find(figures.densenets, case)
+        return densenet_figures.bytes_over(record, size, SHARED, other)
+
+    kept = {"held_bytes": "kept memory", "saved_bytes": "saved bytes"}[size]
+    return Target(what=f"{case.title}: {kept} of {SHARED} over {other}", quantity=quantity, at_most=most)
 
 
 def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:

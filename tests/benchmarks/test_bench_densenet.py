@@ -1,15 +1,34 @@
 """The DenseNet benchmark: its peers compute the same network, its memory figures mean something, its table is whole."""
 
 import json
+import math
 import subprocess
 import sys
+import time
+from typing import Any
 
+import bench_records
 import pytest
 import torch
 
-from benchmarks import densenet, machine
+from benchmarks import densenet, densenet_figures, machine, report, tables, targets
+from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED, Record
 
 SMALL = densenet.Case("densenet-bc-16-4", 4)
+
+
+def entry(laps: list[float], held: float, saved: float = 1.0) -> Record:
+    return {"off": 1e-3, "laps_s": laps, "held_bytes": held, "saved_bytes": saved, "peak_bytes": 2 * held}
+
+
+def made_up(network: str, batch: int, amp: bool, **providers: Record) -> Record:
+    return {"case": {"network": network, "batch": batch, "amp": amp}, "providers": providers}
+
+
+def judged(device: str, record: Record) -> dict[str, targets.Verdict]:
+    """The verdicts on what was measured, by what is said before the colon's end."""
+    found = targets.judge({"device": device, "records": [], "densenets": [record]})
+    return {verdict.target.what: verdict for verdict in found if verdict.value is not None}
 
 
 @pytest.mark.parametrize("network", ["densenet-bc-16-4", "densenet-80-80"])
@@ -31,12 +50,97 @@ def test_times_are_of_providers_with_the_right_gradient(monkeypatch):
     wrong = densenet.times(("plain", "shared"), SMALL, "cpu", rounds=1)
     assert wrong["shared"] == {"off": 1.0, "laps_s": []}
     sizes = {"saved_bytes": 3e6, "held_bytes": 2e6, "peak_bytes": 4e6}
-    assert "no time" in densenet.table(SMALL, {name: entry | sizes for name, entry in wrong.items()}).splitlines()[-1]
+    shown = made_up(SMALL.network, 4, False, **{name: entry | sizes for name, entry in wrong.items()})
+    assert "no time" in densenet_figures.table(shown).splitlines()[-1]
 
 
 def test_saved_bytes_are_ordered():
     saved = {memory: densenet.saved_bytes(densenet.Step(memory, SMALL, "cpu")) for memory in ("plain", "shared")}
     assert 0 < saved["shared"] < 0.5 * saved["plain"]
+
+
+def test_a_cpu_s_targets_are_judged() -> None:
+    """Time by the rounds, of which the second was twice as slow for both; memory by what the processes kept."""
+    record = made_up(
+        "densenet-bc-100-12",
+        32,
+        False,
+        plain=entry([1.0, 2.0, 1.0], 800.0),
+        checkpoint=entry([1.3, 2.6, 1.3], 160.0),
+        shared=entry([0.7, 1.4, 0.6], 200.0),
+    )
+    found = judged("cpu", record)
+    title = "densenet-bc-100-12, batch 32, fp32"
+    assert {what: (verdict.value, verdict.met) for what, verdict in found.items()} == {
+        f"{title}: time of shared over plain": (pytest.approx(0.7), True),
+        f"{title}: kept memory of shared over plain": (0.25, True),
+        f"{title}: kept memory of shared over checkpoint": (1.25, False),
+    }
+    assert found[f"{title}: time of shared over plain"].cells[1:4] == ["<= 1x", "0.67x", "0.7x"]
+    assert not judged("cpu", record | {"case": record["case"] | {"amp": True}})
+
+
+def test_a_gpu_s_targets_are_judged() -> None:
+    providers = {
+        PLAIN: entry([9.0], 1.0, 1000.0),
+        CHANNELS_LAST: entry([6.0], 1.0),
+        "compile": entry([3.0], 1.0),
+        "compile max-autotune": entry([2.8], 1.0),
+        CHECKPOINT: entry([9.0], 1.0, 300.0),
+        SHARED: entry([3.0], 1.0, 180.0),
+        SHARED + GRAPHED: entry([2.0], 1.0),
+    }
+    found = judged("cuda", made_up("densenet-80-80", 128, True, **providers))
+    assert [(round(verdict.value or 0, 3), verdict.met) for verdict in found.values()] == [
+        (3.0, True),
+        (1.4, False),
+        (0.18, True),
+        (0.6, False),
+    ]
+    providers["compile max-autotune"]["laps_s"] = []  # failed, or off
+    again = judged("cuda", made_up("densenet-80-80", 128, True, **providers))
+    assert [verdict.value for verdict in again.values()][1] == 1.5
+
+
+def test_a_report_has_them_and_goes_on_without_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = made_up(SMALL.network, 4, False, plain=entry([1.0], 2e6), shared=entry([0.5], 1e6))
+    answers = iter([record, subprocess.CalledProcessError(1, "python"), subprocess.TimeoutExpired("python", 1)])
+
+    def measured(case: densenet.Case, device: str, **_: Any) -> Record:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(densenet, "measure", measured)
+    monkeypatch.setattr(densenet, "reported", lambda device: [SMALL] * 3)
+    records: list[Record] = []
+    failed = report.measure_densenets("cpu", records, math.inf, lambda: None)
+    assert records == [record]
+    assert [(each["passed"], each["name"]) for each in failed] == [
+        (False, "memories of densenet-bc-16-4, batch 4, fp32"),
+        (True, "memories of densenet-bc-16-4, batch 4, fp32"),
+    ]
+    (late,) = report.measure_densenets("cpu", records, time.monotonic() + 1, lambda: None)[:1]
+    assert "the run's time was over" in late["outcome"]
+    page = tables.all_pages([bench_records.results() | {"densenets": records}])
+    assert "#### DenseNets in every memory\n\ndensenet-bc-16-4, batch 4, fp32\n" in page
+    assert "| shared | 500.0 (500.0 to 500.0) | 8 | 0.50 | 0 | 1 | 2 | 1e-03 |" in page
+
+
+def test_a_measurement_ends_in_time() -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        densenet.measure(SMALL, "cpu", providers=(PLAIN,), timeout=0.1)
+
+
+def test_a_report_measures_what_targets_are_set_for() -> None:
+    """And the CPU's under autocast too; of a GPU's sixteen cases, for which minutes would not do, that one."""
+    for device in ("cpu", "cuda"):
+        titles = {case.title for case in densenet.reported(device)}
+        assert {case.title for case in densenet.cases(device)} >= titles
+        asked = {target.what.split(":")[0] for target in targets.targets(device) if f"of {SHARED} over" in target.what}
+        assert asked
+        assert asked <= titles
 
 
 @pytest.mark.slow
@@ -59,7 +163,7 @@ def test_command_line(tmp_path):
     command += ["--provider", "shared", "--json", str(path)]
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=True)
     assert "densenet-bc-16-4, batch 4, fp32" in done.stdout
-    (record,) = json.loads(path.read_text())["records"]
+    (record,) = json.loads(path.read_text())["densenets"]
     assert list(record["providers"]) == ["plain", "shared"]
     assert all(len(entry["laps_s"]) == 2 for entry in record["providers"].values())
 

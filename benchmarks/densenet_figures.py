@@ -1,0 +1,75 @@
+"""Reading the records of DenseNets' training steps: a ratio of times or of bytes, and a case as a table."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.harness import quantiles
+
+Record = dict[str, Any]
+GRAPHED = ", graphed"
+PLAIN, CHANNELS_LAST, CHECKPOINT, SHARED = "plain", "plain channels_last", "checkpoint", "shared"
+COMPILED = ("compile", "compile max-autotune")
+SIZES = ("saved_bytes", "held_bytes", "peak_bytes")
+"""Of autograd's storages; what a process, on a GPU its allocator, kept from forward to backward; and the most of it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, a batch and an arithmetic."""
+
+    network: str
+    batch: int
+    amp: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.network}, batch {self.batch}, {'bf16 autocast' if self.amp else 'fp32'}"
+
+
+def find(records: list[Record], case: Case) -> Record | None:
+    """The record of a case."""
+    return next((record for record in records if Case(**record["case"]) == case), None)
+
+
+def over(record: Record | None, name: str, other: str) -> float | None:
+    """The median over the rounds of one's time over another's in the same round."""
+    ones, others = _laps(record, name), _laps(record, other)
+    if not (ones and others):
+        return None
+    return quantiles([one / two for one, two in zip(ones, others, strict=True)])[1]
+
+
+def best_compiled_over(record: Record | None, name: str) -> float | None:
+    """`over`, of the compiled form that takes least."""
+    ratios = [ratio for each in COMPILED if (ratio := over(record, each, name)) is not None]
+    return min(ratios, default=None)
+
+
+def bytes_over(record: Record | None, size: str, name: str, other: str) -> float | None:
+    """One's bytes over another's; `size` is of `SIZES`."""
+    one, two = (None if record is None else record["providers"].get(each, {}).get(size) for each in (name, other))
+    return one / two if one is not None and two else None
+
+
+def table(record: Record) -> str:
+    """Markdown: a provider a line."""
+    case = Case(**record["case"])
+    head = ["", "ms (p20 to p80)", "images/s", "of plain's time", "saved MB", "held MB", "peak MB", "gradient off"]
+    lines = [f"{case.title}\n", " | ".join(["", *head, ""]).strip(), "|---|" + "---:|" * (len(head) - 1)]
+    for name, entry in record["providers"].items():
+        clock = ["no time", "", ""]
+        if entry["laps_s"]:
+            low, median, high = quantiles(entry["laps_s"])
+            clock = [
+                f"{1e3 * median:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})",
+                f"{case.batch / median:.0f}",
+                f"{over(record, name, PLAIN):.2f}",
+            ]
+        sizes = [f"{entry[size] / 1e6:.0f}" for size in SIZES]
+        lines.append("| " + " | ".join([name, *clock, *sizes, f"{entry['off']:.0e}"]) + " |")
+    return "\n".join(lines)
+
+
+def _laps(record: Record | None, name: str) -> list[float]:
+    entry = None if record is None else record["providers"].get(name)
+    return [] if entry is None else list(entry["laps_s"])

@@ -40,10 +40,18 @@ def units_of_depth(name: str, depth: int) -> int:
     raise UserError(f"{name} has no depth {depth}: it must be 6n+4; nearest: {nearest}")
 
 
-def image(x: torch.Tensor, least: int) -> None:  # [B, C, H, W]
-    """ValueError unless `x` is a batch of images whose sides are at least `least` pixels."""
-    if x.ndim != 4 or min(x.shape[2:]) < least:
-        raise ValueError(f"images must be [B, C, H, W] with H and W at least {least}, got {list(x.shape)}")
+def image(x: torch.Tensor, weight: torch.Tensor, least: int) -> None:  # [B, C, H, W], [out, C, s, s]
+    """ValueError unless `x` is a batch of images that a convolution by `weight` takes, each side at least `least`.
+
+    Under autocast, which casts all floating-point tensors but fp64, they may be of another dtype than the weights.
+    """
+    channels = weight.shape[1]
+    if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < least:
+        raise ValueError(f"images must be [B, {channels}, H, W] with H and W at least {least}, got {list(x.shape)}")
+    if x.dtype != weight.dtype:
+        cast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+        if not (cast and all(t.is_floating_point() and t.dtype != torch.float64 for t in (x, weight))):
+            raise ValueError(f"images must be {weight.dtype}, as the network's weights are, got {x.dtype}")
 
 
 def tokens(x: torch.Tensor) -> None:  # [T, B]

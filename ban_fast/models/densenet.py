@@ -156,7 +156,7 @@ class DenseNet(nn.Module):
         init.he_(self, "fan_out")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, in_channels, H, W] -> [B, num_classes]
-        checks.image(x, 2 ** (len(self.blocks) - 1))
+        checks.image(x, self.stem.weight, 2 ** (len(self.blocks) - 1))
         if self.memory == "shared":
             return self._shared(x)
         features: tuple[torch.Tensor, ...] = (self.stem(x),)

@@ -1,6 +1,7 @@
 """Small networks for small images: seconds of training on a CPU."""
 
 import itertools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class ConvNet(nn.Module):
         init.he_(self, "fan_out")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, in_channels, H, W] -> [B, num_classes]
-        checks.image(x, 4)
+        checks.image(x, cast(nn.Conv2d, self.convs[0]).weight, 4)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = F.relu(norm(conv(F.max_pool2d(x, 2) if i else x)), inplace=True)
         logits: torch.Tensor = self.classifier(x.mean((2, 3)))

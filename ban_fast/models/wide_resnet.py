@@ -58,7 +58,7 @@ class WideResNet(nn.Module):
         init.he_(self, "fan_in")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, in_channels, H, W] -> [B, num_classes]
-        checks.image(x, 1)
+        checks.image(x, self.stem.weight, 1)
         x = F.relu(self.norm(self.stages(self.stem(x))), inplace=True)
         logits: torch.Tensor = self.classifier(x.mean((2, 3)))
         return logits

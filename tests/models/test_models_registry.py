@@ -173,6 +173,30 @@ def test_too_small_images_are_named(name, least):
         network(torch.randn(3, 8, 8))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("convnet-8", {}),
+        ("wrn-10-1", {}),
+        *(("densenet-bc-10-4", {"memory": memory}) for memory in ("plain", "checkpoint", "shared")),
+    ],
+)
+def test_other_channels_and_dtypes_are_named(name, options):
+    network = models.create(name, 10, **options)
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\] .* got \[2, 1, 8, 8\]"):
+        network(torch.randn(2, 1, 8, 8))
+    for dtype in (torch.uint8, torch.float64, torch.bfloat16):
+        with pytest.raises(
+            ValueError, match=f"images must be torch.float32, as the network's weights are, got {dtype}"
+        ):
+            network(torch.zeros(2, 3, 8, 8, dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)).shape == (2, 10)
+        for dtype in (torch.uint8, torch.float64):  # which autocast leaves as they are
+            with pytest.raises(ValueError, match=f"got {dtype}"):
+                network(torch.zeros(2, 3, 8, 8, dtype=dtype))
+
+
 def test_which_networks_need_the_image_size():
     assert [name for name in (*EVERY, "torchvision:resnet18", "timm:resnet18") if models.needs_image_size(name)] == [
         "mlp-16"

@@ -40,7 +40,17 @@ def resolve(backend: str, loss: str, logits: Tensor) -> Backend:
     asking it for its type costs another 0.25 us.
     """
     rows, classes = logits.shape
-    return _resolve(backend, loss, logits.device, logits.dtype, rows.bit_length(), classes.bit_length())
+    try:
+        row_bits, class_bits = rows.bit_length(), classes.bit_length()
+    except AttributeError as error:  # there sizes are tensors
+        raise RuntimeError(
+            "torch.jit.trace cannot see into a ban_fast loss: use torch.compile or torch.export"
+        ) from error
+    try:
+        return _resolve(backend, loss, logits.device, logits.dtype, row_bits, class_bits)
+    except TypeError:  # a list, say, cannot be looked up
+        check_name(backend)
+        raise
 
 
 def named(backend: str, device_type: str) -> Backend:

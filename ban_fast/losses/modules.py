@@ -41,7 +41,7 @@ class KDLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.check_kd_options(temperature, kd_weight, label_weight, divergence, ignore_index, reduction)
+        checks.check_kd_options(temperature, kd_weight, label_weight, divergence, scale_t2, ignore_index, reduction)
         dispatch.check_name(backend)
         self.temperature = temperature
         self.kd_weight = kd_weight
@@ -182,7 +182,7 @@ class DKPPLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.check_kd_options(temperature, kd_weight, label_weight, divergence, ignore_index, reduction)
+        checks.check_kd_options(temperature, kd_weight, label_weight, divergence, scale_t2, ignore_index, reduction)
         checks.check_int("seed", seed)
         dispatch.check_name(backend)
         self.temperature = temperature

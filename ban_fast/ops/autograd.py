@@ -5,10 +5,12 @@ once. Traced code (compile, export, fake tensors) calls the operator, and scales
 own: there the compiler decides what may be reused.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ban_fast.backends import dispatch
 from ban_fast.backends.interface import Backend, LossOutput, Usual
@@ -18,6 +20,8 @@ Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """A LossOutput as an operator returns it: tensors only, shape [0] for None."""
 Result = Tensor | tuple[Tensor, dict[str, Tensor]]
 """A loss, or with return_terms a loss and its terms."""
+_OWN = (Tensor, torch.nn.Parameter)
+"""torch's own kinds of tensor."""
 
 
 def evaluate(
@@ -33,17 +37,21 @@ def evaluate(
     has_rows = student_logits.dim() == 2
     student = student_logits if has_rows else flat(student_logits)
     need_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    if is_traced(student_logits):
+    _refuse_forward_mode(student_logits)
+    if is_traced(student_logits, inputs):
         dispatch.check_name(backend)
         loss, kd, label = _evaluate_traced(name, student, inputs, need_grad, backend, options)
     else:
         chosen = dispatch.resolve(backend, name, student)
-        student = student.resolve_neg()  # backends read memory, where a view's minus is not written
-        inputs = tuple(value.resolve_neg() if isinstance(value, Tensor) else value for value in inputs)
-        output = getattr(chosen, name)(student, *inputs, need_grad=need_grad, need_terms=return_terms, **options)
-        loss, kd, label, grad, grad_scale = output
-        if need_grad:
-            loss = _Stored.apply(student_logits, (loss, grad, grad_scale), chosen, backend)
+        held = [in_memory(value) if isinstance(value, Tensor) else value for value in (student, *inputs)]
+        try:
+            output = getattr(chosen, name)(*held, need_grad=need_grad, need_terms=return_terms, **options)
+            loss, kd, label, grad, grad_scale = output
+            if need_grad:
+                loss = _Stored.apply(student_logits, (loss, grad, grad_scale), chosen, backend)
+        except RuntimeError as error:
+            explain(error, held)
+            raise
     if not has_rows:
         loss = _shaped(loss, student_logits)
     if not return_terms:
@@ -64,7 +72,7 @@ def usual(
     Nothing need be checked before, and with None nothing has been computed: the usual way, 6 us shorter, has neither
     messages nor rare cases. On CPUs alone: elsewhere no backend has one, and asking for it would cost 0.8 us.
     """
-    if is_traced(student_logits) or not student_logits.is_cpu:
+    if is_traced(student_logits) or not student_logits.is_cpu or forward_ad._current_level >= 0:
         return None
     if student_logits.dim() != 2 or student_logits.dtype not in DTYPES:  # what no backend can be chosen for
         return None
@@ -99,13 +107,51 @@ def _shaped(value: Tensor, logits: Tensor) -> Tensor:
     return value if value.dim() == 0 else value.reshape(logits.shape[:-1])
 
 
-def is_traced(logits: Tensor) -> bool:
-    """Whether a call must go through the dispatcher; in plain eager mode that would cost a third of a small loss."""
-    return (
+def as_operand(value: Tensor | int, logits: Tensor) -> Tensor:
+    """A tensor, as operators take it, of a step that may be an int: of the logits' kind and on their device."""
+    return value if isinstance(value, Tensor) else logits.new_full((), value, dtype=torch.int64)
+
+
+def is_traced(logits: Tensor, others: tuple[object, ...] = ()) -> bool:
+    """Whether a call must go through the dispatcher; in plain eager mode that would cost a third of a small loss.
+
+    So it is under torch.compile, with tensors of other kinds than torch's own, whose memory need not be what they mean,
+    and wherever a mode (fake tensors, make_fx) is to see every operator.
+    """
+    if (
         torch.compiler.is_compiling()
-        or type(logits) not in (Tensor, torch.nn.Parameter)
+        or type(logits) not in _OWN
         or torch._is_functional_tensor(logits)
-    )
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return True
+    for value in others:  # noqa: SIM110 -- any() would cost a small loss another 0.4 us
+        if isinstance(value, Tensor) and type(value) not in _OWN:
+            return True
+    return False
+
+
+def in_memory(value: Tensor) -> Tensor:
+    """A tensor whose memory says what it means, as backends read it: some only say that they are negated, or all 0."""
+    return value.clone() if value.is_neg() or value._is_zerotensor() else value
+
+
+def explain(error: RuntimeError, inputs: Iterable[object]) -> None:
+    """RuntimeError that says why, where a backend could not read the wrappers that torch.func makes of tensors."""
+    kinds = torch._C._functorch
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if any(kinds.is_functorch_wrapped_tensor(tensor) or kinds.is_legacy_batchedtensor(tensor) for tensor in tensors):
+        raise RuntimeError(
+            "a ban_fast loss cannot be computed within a transform of torch.func (vmap, grad, ...) or on batched "
+            "gradients: give a batch as leading dimensions [..., C], and call backward or torch.autograd.grad"
+        ) from error
+
+
+def _refuse_forward_mode(logits: Tensor) -> None:
+    if forward_ad._current_level < 0:  # as everywhere but in forward mode; asking the tensor would cost 0.3 us
+        return
+    if forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError("a ban_fast loss has no forward-mode derivative: call backward or torch.autograd.grad")
 
 
 class _Stored(torch.autograd.Function):
@@ -131,7 +177,12 @@ class _Stored(torch.autograd.Function):
             grad_scale = grad_outputs[0].new_empty(0) if grad_scale is None else grad_scale
             scaled = torch.ops.ban_fast.scale_grad(grad, grad_outputs[0], grad_scale, name)
         else:
-            scaled = backend.scale_grad_(grad, grad_outputs[0], grad_scale)
+            grad_output = in_memory(grad_outputs[0])
+            try:
+                scaled = backend.scale_grad_(grad, grad_output, grad_scale)
+            except RuntimeError as error:
+                explain(error, [grad_output])
+                raise
         # A view of what has the shape already would cost a small loss 1.3 of its 40 us.
         return scaled if len(shape) == 2 else scaled.view(shape), None, None, None
 
@@ -150,7 +201,7 @@ def _evaluate_traced(
     backend: str,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    detached = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
+    detached = [None if value is None else as_operand(value, student).detach() for value in inputs]
     operator = getattr(torch.ops.ban_fast, name)
     loss, kd, label, grad, grad_scale = operator(
         student.detach(), *detached, need_grad=need_grad, backend=backend, **options

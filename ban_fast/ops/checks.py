@@ -40,14 +40,27 @@ def check_int(name: str, value: int) -> None:
         raise ValueError(f"{name}: {value!r} is not a 64-bit integer")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: {value!r} is not True or False")
+
+
 def check_kd_options(
-    temperature: float, kd_weight: float, label_weight: float, divergence: str, ignore_index: int, reduction: str
+    temperature: float,
+    kd_weight: float,
+    label_weight: float,
+    divergence: str,
+    scale_t2: bool,
+    ignore_index: int,
+    reduction: str,
 ) -> None:
     """What KDLoss and DKPPLoss have in common."""
     check_temperature(temperature)
     check_weight("kd_weight", kd_weight)
     check_weight("label_weight", label_weight)
     check_choice("divergence", divergence, DIVERGENCES)
+    check_flag("scale_t2", scale_t2)
     check_int("ignore_index", ignore_index)
     check_choice("reduction", reduction, REDUCTIONS)
 
@@ -56,6 +69,7 @@ def check_logits(name: str, logits: Tensor) -> None:
     """[..., C] in one of the four dtypes, C >= 1."""
     if not isinstance(logits, Tensor):
         raise ValueError(f"{name}: a {type(logits).__name__} was given, not a tensor")
+    _check_layout(name, logits)
     if logits.dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {logits.dtype} is not float32, float16, bfloat16 or float64")
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -89,8 +103,7 @@ def _rows_hint(student: Tensor, teacher: Tensor) -> str:
 
 def check_rows(name: str, indices: Tensor, logits: Tensor) -> None:
     """int64 of the labels' shape, which is the logits' without classes."""
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        raise ValueError(f"{name}: {_kind(indices)} was given; an int64 tensor is needed")
+    _check_int64(name, indices)
     if indices.shape != logits.shape[:-1]:
         raise ValueError(
             f"{name}: shape {list(indices.shape)} is not {list(logits.shape[:-1])}, "
@@ -117,8 +130,7 @@ def check_targets(teacher: Tensor, sample_ids: Tensor | None, teacher_rows: Tens
     """Arguments of dkpp_targets; returns the shape of the result."""
     shape = tuple(teacher.shape)
     if teacher_rows is not None:
-        if not isinstance(teacher_rows, Tensor) or teacher_rows.dtype != torch.int64:
-            raise ValueError(f"teacher_rows: {_kind(teacher_rows)} was given; an int64 tensor is needed")
+        _check_int64("teacher_rows", teacher_rows)
         if teacher.dim() != 2:
             raise ValueError(f"teacher_logits: shape {list(shape)} is not [M, C], as teacher_rows needs it")
         if shape[0] == 0 and teacher_rows.numel():
@@ -127,8 +139,7 @@ def check_targets(teacher: Tensor, sample_ids: Tensor | None, teacher_rows: Tens
         shape = (*teacher_rows.shape, shape[1])
     if sample_ids is None:
         return shape
-    if not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64:
-        raise ValueError(f"sample_ids: {_kind(sample_ids)} was given; an int64 tensor is needed")
+    _check_int64("sample_ids", sample_ids)
     if tuple(sample_ids.shape) != shape[:-1]:
         raise ValueError(f"sample_ids: shape {list(sample_ids.shape)} is not {list(shape[:-1])}, one for each row")
     _check_device("sample_ids", sample_ids, teacher)
@@ -151,6 +162,7 @@ def check_confidence(confidence: Tensor, student: Tensor, teacher_rows: Tensor |
     """fp32: [M] where `teacher_rows` selects from it, else one for each of the student's rows."""
     if not isinstance(confidence, Tensor) or confidence.dtype != torch.float32:
         raise ValueError(f"confidence: {_kind(confidence)} was given; a float32 tensor is needed")
+    _check_layout("confidence", confidence)
     _check_device("confidence", confidence, student)
     if teacher_rows is None:
         if confidence.shape != student.shape[:-1]:
@@ -171,6 +183,19 @@ def check_normalizer(normalizer: Tensor, student: Tensor) -> None:
             "a 0-d float32 or float64 one is needed"
         )
     _check_device("normalizer", normalizer, student)
+
+
+def _check_int64(name: str, indices: Tensor) -> None:
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise ValueError(f"{name}: {_kind(indices)} was given; an int64 tensor is needed")
+    _check_layout(name, indices)
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    """Sparse, MKL-DNN's and nested tensors have no strides."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        raise ValueError(f"{name}: a tensor of layout {layout} was given; a dense one, torch.strided, is needed")
 
 
 def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:

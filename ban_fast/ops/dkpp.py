@@ -8,7 +8,19 @@ from torch import Tensor
 from ban_fast.backends import dispatch
 from ban_fast.backends.interface import Divergence, Reduction
 from ban_fast.ops import checks
-from ban_fast.ops.autograd import Packed, Result, evaluate, flat, flat_rows, is_traced, pack, packed_fake
+from ban_fast.ops.autograd import (
+    Packed,
+    Result,
+    as_operand,
+    evaluate,
+    explain,
+    flat,
+    flat_rows,
+    in_memory,
+    is_traced,
+    pack,
+    packed_fake,
+)
 
 torch.library.define(
     "ban_fast::dkpp",
@@ -129,7 +141,7 @@ def dkpp_loss(  # type: ignore[misc]  # the first overload passes its options on
 
     Returns as `kd_loss` does, and raises as it does.
     """
-    checks.check_kd_options(temperature, kd_weight, label_weight, divergence, ignore_index, reduction)
+    checks.check_kd_options(temperature, kd_weight, label_weight, divergence, scale_t2, ignore_index, reduction)
     checks.check_int("seed", seed)
     checks.check_logits("student_logits", student_logits)
     checks.check_teacher(student_logits, teacher_logits, teacher_rows)
@@ -137,7 +149,6 @@ def dkpp_loss(  # type: ignore[misc]  # the first overload passes its options on
     if sample_ids is not None:
         checks.check_rows("sample_ids", sample_ids, student_logits)
     checks.check_step(step, student_logits)
-    step = _operand(step, student_logits)
     inputs = (flat(teacher_logits), flat_rows(labels), flat_rows(sample_ids), step, flat_rows(teacher_rows))
     return evaluate(
         "dkpp",
@@ -177,23 +188,20 @@ def dkpp_targets(
     checks.check_logits("teacher_logits", teacher_logits)
     shape = checks.check_targets(teacher_logits, sample_ids, teacher_rows)
     checks.check_step(step, teacher_logits)
-    inputs = (
-        flat(teacher_logits).detach().resolve_neg(),
-        flat_rows(sample_ids),
-        _operand(step, teacher_logits),
-        flat_rows(teacher_rows),
-    )
-    if is_traced(teacher_logits):
+    teacher, ids, rows = flat(teacher_logits).detach(), flat_rows(sample_ids), flat_rows(teacher_rows)
+    if is_traced(teacher, (ids, step, rows)):
         dispatch.check_name(backend)
-        targets: Tensor = torch.ops.ban_fast.dkpp_targets(*inputs, seed=seed, temperature=temperature, backend=backend)
+        targets: Tensor = torch.ops.ban_fast.dkpp_targets(
+            teacher, ids, as_operand(step, teacher), rows, seed=seed, temperature=temperature, backend=backend
+        )
     else:
-        chosen = dispatch.resolve(backend, "dkpp", inputs[0])
-        targets = chosen.dkpp_targets(*inputs, seed=seed, temperature=temperature)
+        chosen = dispatch.resolve(backend, "dkpp", teacher)
+        inputs: list[Any] = [
+            in_memory(value) if isinstance(value, Tensor) else value for value in (teacher, ids, step, rows)
+        ]
+        try:
+            targets = chosen.dkpp_targets(*inputs, seed=seed, temperature=temperature)
+        except RuntimeError as error:
+            explain(error, inputs)
+            raise
     return targets.view(shape)
-
-
-def _operand(step: Tensor | int, logits: Tensor) -> Tensor | int:
-    """Operators take the step as a tensor; eager calls spare an int the trip."""
-    if isinstance(step, Tensor) or not is_traced(logits):
-        return step
-    return torch.full((), step, dtype=torch.int64, device=logits.device)

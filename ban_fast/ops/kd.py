@@ -109,7 +109,7 @@ def kd_loss(  # type: ignore[misc]  # the first overload passes its options on u
         )
         if loss is not None:
             return loss
-    checks.check_kd_options(temperature, kd_weight, label_weight, divergence, ignore_index, reduction)
+    checks.check_kd_options(temperature, kd_weight, label_weight, divergence, scale_t2, ignore_index, reduction)
     checks.check_logits("student_logits", student_logits)
     checks.check_teacher(student_logits, teacher_logits, teacher_rows)
     checks.check_labels(labels, student_logits, label_weight)

@@ -293,7 +293,7 @@ def fused_linear_kd(  # type: ignore[misc]  # the first overload passes its opti
     The loss is fp32 (fp64 for fp64 students), 0-d, or [...] for reduction "none", whose backward goes through the
     chunks a second time. Raises ValueError that names the argument and the value received.
     """
-    checks.check_kd_options(temperature, kd_weight, label_weight, "kl", ignore_index, reduction)
+    checks.check_kd_options(temperature, kd_weight, label_weight, "kl", scale_t2, ignore_index, reduction)
     if chunk_bytes is not None and (type(chunk_bytes) is not int or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes: {chunk_bytes!r} is not a whole number from 1 up, nor None")
     check_layer("student", student_hidden, student_weight, student_bias)

@@ -1,5 +1,7 @@
 """KD's native kernel on its own ground: vector lengths, tails, types, strides, streaming, both numeric branches."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from native_cases import final_gradient, kd, relative_error, truth
@@ -161,6 +163,19 @@ def test_strides(layout: str, dtype: torch.dtype) -> None:
     for s, t in ((strided(student, layout), teacher), (student, strided(teacher, layout))):
         output, expected = kd(s, t), kd(s.contiguous(), t.contiguous())
         assert output.grad.is_contiguous()
+        assert torch.equal(output.loss, expected.loss)
+        assert torch.equal(output.grad, expected.grad)
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_strides_of_more_elements_than_32_bits_count(
+    dimension: int, far_apart: Callable[[Tensor, int], Tensor]
+) -> None:
+    student, cache = logits(3, 4).half(), logits(5, 4, seed=1).half()
+    rows = torch.tensor([4, 0, 3])
+    expected = kd(student, cache, None, rows)
+    for s, t in ((far_apart(student, dimension), cache), (student, far_apart(cache, dimension))):
+        output = kd(s, t, None, rows)
         assert torch.equal(output.loss, expected.loss)
         assert torch.equal(output.grad, expected.grad)
 

@@ -4,13 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cuda_contract import CWTM, KD, TEACHER_ROWS, Contract, labels_of, logits
 from cuda_emulated import Device, Emulated, build, installed
+from torch import Tensor
 
 from ban_fast.backends import native_cuda
 
@@ -68,6 +69,34 @@ class TestInTheEmulator(Contract):
         tensors = (student, teacher, labels_of(classes), torch.tensor(TEACHER_ROWS))
         error = 1e-5 if regime == "far" else 2e-6
         self.check("kd", device, *tensors, **options, value=error, gradient=error)
+
+    @pytest.mark.parametrize(("classes", "dimension"), [(4, 0), (4, 1), (1500, 0)])
+    def test_strides_of_more_elements_than_32_bits_count(
+        self,
+        emulated: Emulated,
+        device: torch.device,
+        far_apart: Callable[[Tensor, int], Tensor],
+        classes: int,
+        dimension: int,
+    ) -> None:
+        if classes > 1024:
+            emulated.configure(Device(2 << 10, 2 << 10, 1))  # they are read twice
+        student, cache = (x.half() for x in logits(classes, "random", rows=3))
+        labels, rows = labels_of(classes, 3), torch.tensor([4, 0, 3])
+        for s, t in ((far_apart(student, dimension), cache), (student, far_apart(cache, dimension))):
+            self.check("kd", device, s, t, labels, rows, **KD)
+            self.check("dkpp", device, s, t, labels, None, 5, rows, seed=2, **KD)
+            self.check("cwtm", device, s, t, labels, None, None, rows, **CWTM)
+
+    @pytest.mark.usefixtures("device")
+    def test_a_gradient_of_more_elements_than_32_bits_count(self, sparse: Callable[[int, torch.dtype], Tensor]) -> None:
+        """Rows whose factor is 1 are not touched: of 4 GiB, a row is."""
+        rows, classes = 17_000, 128_256
+        grad = sparse(rows * classes, torch.bfloat16).view(rows, classes)
+        grad[-1], factors = 3, torch.ones(rows)
+        factors[-1] = 0.5
+        native_cuda.scale_grad_(grad, factors, None)
+        assert (grad[-1] == 1.5).all()
 
     def test_any_order_of_threads_gives_the_same_bits(self, emulated: Emulated, device: torch.device) -> None:
         """Threads and blocks run in random order, so a barrier that is missing shows."""

@@ -1,5 +1,6 @@
 """What a row may hold, and what may not be read: every tensor lies inside a buffer of NaN, or of other indices."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -201,3 +202,33 @@ def on_cpu(output: LossOutput) -> LossOutput:
 
 def _row(output: LossOutput, row: int) -> LossOutput:
     return LossOutput(*(None if x is None or x.dim() == 0 else x[row : row + 1] for x in output))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("classes", "dimension"), [(10, 0), (10, 1), pytest.param(20_000, 0, marks=SLOW)])
+def test_strides_of_more_elements_than_32_bits_count(
+    loss: str,
+    classes: int,
+    dimension: int,
+    device: torch.device,
+    far_apart: Callable[[Tensor, int], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("a GPU's memory has no pages that wait to be touched")
+    copy = torch.UntypedStorage.copy_
+
+    def copied(to: torch.UntypedStorage, source: torch.UntypedStorage, *options: Any) -> torch.UntypedStorage:
+        """The interpreter brings every storage back to where it came from: on the CPU to itself, page by page."""
+        return to if to.data_ptr() == source.data_ptr() else copy(to, source, *options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", copied)
+    student, teacher = (matrix.half() for matrix in logits(3, classes, "random"))
+    labels, rows = torch.tensor([0, 4, 9]), torch.tensor([2, 0, 1])
+    wanted = call(loss, student, teacher, labels, rows)
+    for z, t in ((far_apart(student, dimension), teacher), (student, far_apart(teacher, dimension))):
+        got = call(loss, z, t, labels, rows)
+        assert torch.equal(got.loss, wanted.loss)
+        assert got.grad is not None
+        assert wanted.grad is not None
+        assert torch.equal(got.grad, wanted.grad)

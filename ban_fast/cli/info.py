@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -17,7 +18,8 @@ from ..backends import dispatch, table
 from ..data import beton, cifar, ptb
 
 _DISTRIBUTIONS = ("torch", "torchvision", "numpy", "triton")
-_OPTIONAL = ("timm",)
+_OPTIONAL = {"timm": "timm", "ray": "'ban_fast[ray]'"}
+"""Packages, and what pip brings them by; FFCV needs more than pip."""
 
 
 def lines(data_dir: str | None) -> Iterator[str]:
@@ -29,7 +31,7 @@ def lines(data_dir: str | None) -> Iterator[str]:
         ("backends of the losses", _backends()),
         ("several processes (torchrun)", {"backends": _communication()}),
         (f"datasets, in {root}", _datasets(root, data_dir)),
-        ("optional packages", {name: _version(name) for name in _OPTIONAL} | {"ffcv": _ffcv()}),
+        ("optional packages", {name: _optional(name) for name in _OPTIONAL} | {"ffcv": _ffcv()}),
     ):
         yield title
         width = max(map(len, entries))
@@ -47,6 +49,12 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _optional(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return f"not installed; `pip install {_OPTIONAL[package]}`"
+    return _version(package)
 
 
 def _ffcv() -> str:

@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from ..errors import UserError
 from .checksum import checksum, is_whole, put_stamp
 from .dataset import Part, Shape
 from .download import Progress
+from .scratch import scratch
 
 if TYPE_CHECKING:
     from .ffcv_reader import Reader
@@ -134,8 +134,8 @@ def write(path: Path, part: Part, what: str, progress: Progress | None = None) -
         UserError: no space, no permission; images that cannot be read. Nothing half-written stays behind.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".ban-fast-", dir=path.parent) as scratch:
-            unfinished = Path(scratch) / path.name
+        with scratch(path.parent) as place:
+            unfinished = place / path.name
             with unfinished.open("wb") as file:
                 _write(file, part, progress)
                 file.flush()

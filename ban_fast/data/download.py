@@ -6,7 +6,6 @@ import http.client
 import os
 import shutil
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from ..errors import UserError
 from . import cifar
 from .cifar import Published
+from .scratch import remove_abandoned, scratch
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes that have come and, where the server says, the bytes that will."""
@@ -34,11 +34,12 @@ def fetch(published: Published, directory: Path, progress: Progress | None = Non
         UserError: no network, another sum than the published one, no space, or a damaged file where the dataset should
             be. Nothing of an attempt that failed stays behind.
     """
+    parent = directory.parent if directory.name == published.directory else directory
+    remove_abandoned(parent)
     there = cifar.locate(published, directory)
     if there is not None:
         cifar.read(published, there)
         return there
-    parent = directory.parent if directory.name == published.directory else directory
 
     def fill(place: Path) -> None:
         archive = place.with_name("archive")
@@ -55,8 +56,8 @@ def in_one_piece(name: str, place: Path, fill: Callable[[Path], None]) -> Path:
     missing = [directory for directory in (parent, *parent.parents) if not directory.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".ban-fast-", dir=parent) as scratch:
-            unfinished = Path(scratch) / place.name
+        with scratch(parent) as beside:
+            unfinished = beside / place.name
             unfinished.mkdir()
             fill(unfinished)
             os.replace(unfinished, place)

@@ -8,6 +8,7 @@ from ..errors import UserError
 from . import corpus
 from .corpus import SPLITS, Corpus, Level
 from .download import Progress, download, in_one_piece
+from .scratch import remove_abandoned
 
 SUMS = {
     "train": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
@@ -54,6 +55,8 @@ def prepare_ptb(directory: str | Path | None = None, progress: Progress | None =
     or no space; nothing half-written stays behind.
     """
     root = _root(directory)
+    wanted = root if root.name == "ptb" else root / "ptb"
+    remove_abandoned(wanted.parent)
     place = locate(root)
     if place is not None:
         load_corpus("ptb", directory=place)
@@ -63,7 +66,7 @@ def prepare_ptb(directory: str | Path | None = None, progress: Progress | None =
         for split, path in _files(unfinished).items():
             download(URL.format(split), SUMS[split], path, progress)
 
-    return in_one_piece("ptb", root if root.name == "ptb" else root / "ptb", fill)
+    return in_one_piece("ptb", wanted, fill)
 
 
 def locate(root: Path) -> Path | None:

@@ -12,6 +12,7 @@ from ..errors import OptionError, UserError, suggest
 from . import beton, cifar, digits, download, folder, ptb, splits
 from .beton import Beton
 from .dataset import AnySplit, Dataset, Part, Source, Split, StoredSplit
+from .scratch import remove_abandoned
 
 _FOLDER_IMAGE_SIZE = 32
 _COUNTED_AT_ONCE = 1024
@@ -174,6 +175,7 @@ def prepare_ffcv(
 
 def _written(source: Source, stem: Path, part: str, progress: download.Progress | None) -> Path:
     path, images, what = _beton(source, stem, part)
+    remove_abandoned(path.parent)
     try:
         Beton(path, images, what, "", trust_stamp=False, progress=progress)
     except UserError:

@@ -1,5 +1,6 @@
 """Whatever a user gets wrong is one line that names it and the remedy, status 2, and no file is touched."""
 
+import importlib.util
 import json
 import resource
 import subprocess
@@ -260,6 +261,16 @@ def test_info(call: Call) -> None:
         "digits",
         "cifar100",
         "timm",
+        "ray",
         "ffcv",
     ):
         assert word in said.out
+
+
+def test_info_says_how_to_get_what_is_missing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in ("ray", "timm") else find(name, *rest)
+    )
+    lines = {line.strip() for line in call("info").out.splitlines()}
+    assert {"ray   not installed; `pip install 'ban_fast[ray]'`", "timm  not installed; `pip install timm`"} <= lines

@@ -19,13 +19,17 @@ from .signals import Stopped
 def train(session: Session, values: flags.Values) -> int:
     """`ban-fast train`; `values` are its flags by parameter name, None or empty where not given."""
     signals = session.signals
-    resume = values["resume"] or ranks.is_restarted(values["out"])
+    resume = values["resume"]
     if resume and values["out"] is None:
         raise UserError("--resume needs --out DIR, the directory of the run to continue")
     session.request = flags.resumed(values, Path(values["out"])) if resume else flags.requested(values)
+    session.request.config.validate()
+    out, is_restarted = ranks.settled(
+        Path(values["out"]) if values["out"] is not None else new_directory(session.request.config.recipe)
+    )
+    if is_restarted and not resume:
+        resume, session.request = True, flags.resumed(values, out)
     config = session.request.config
-    config.validate()
-    out = Path(values["out"]) if values["out"] is not None else new_directory(config.recipe)
     signals.remark = " before training began"
     find_own_modules()
     from .. import training

@@ -1,7 +1,13 @@
 """Being one of torchrun's processes: which one, and who of them has the word. Imports no torch until it must."""
 
+import json
 import os
 import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_CONNECT = 10
@@ -17,11 +23,20 @@ def is_first() -> bool:
     return not is_one_of_several() or _number("RANK", 0) == 0
 
 
-def is_restarted(out: str | None) -> bool:
-    """Whether torchrun started this process again, after a failure, on a run that had begun in `out`."""
-    if out is None or _number("TORCHELASTIC_RESTART_COUNT", 0) == 0:
-        return False
-    return os.path.exists(os.path.join(out, "config.json"))
+def settled(out: Path) -> tuple[Path, bool]:
+    """The directory of a run that is to be in `out`, and whether torchrun, after a failure, starts that run again.
+
+    `out` may be named after the time: the first process to ask decides for all, and for those of later starts. A run
+    that was there before the first start is another one, and not to be gone on with unasked.
+    """
+    is_held = (out / "config.json").exists()
+    store = _agents_store()
+    if store is not None:
+        found = store.compare_set(_key("out"), "", json.dumps([str(out), is_held]))
+        (name, was_held) = json.loads(found)
+        out = Path(name)
+        is_held = not was_held and (out / "config.json").exists()
+    return out, is_held and _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def takes_the_word() -> bool:
@@ -33,24 +48,37 @@ def takes_the_word() -> bool:
         return True
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # nothing that outlives rank 0 to ask
+    store = _agents_store()
+    if store is None:  # nothing that outlives rank 0 to ask
         return is_first()
+    try:
+        return int(store.add(_key(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/word"), 1)) == 1
+    except RuntimeError:  # torchrun has gone by now
+        return is_first()
+
+
+def _agents_store() -> "Store | None":
+    """What torchrun itself keeps for its processes, through all restarts; None where it has none, or has gone."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
     from datetime import timedelta
 
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
     try:
-        store = TCPStore(
+        return TCPStore(
             os.environ["MASTER_ADDR"],
             _number("MASTER_PORT", 0),
             is_master=False,
             timeout=timedelta(seconds=_SECONDS_TO_CONNECT),
             wait_for_workers=False,
         )
-        return int(store.add(f"ban_fast/{attempt}/word", 1)) == 1
-    except RuntimeError:  # torchrun itself has gone
-        return is_first()
+    except RuntimeError:
+        return None
+
+
+def _key(name: str) -> str:
+    return f"ban_fast/{os.environ.get('TORCHELASTIC_RUN_ID')}/{name}"
 
 
 def _number(name: str, otherwise: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from cli_calls import SMALL
+from cli_calls import SMALL, tree
 
 from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig
 
@@ -164,6 +165,38 @@ def test_torchrun_restarts_what_was_killed(torchrun: Torchrun, tmp_path: Path) -
     assert "BAN-1" in out
     ended(torchrun("--", *words, "whole"))
     check_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_named_after_the_time_is_restarted_too(torchrun: Torchrun, tmp_path: Path) -> None:
+    """It goes on in the directory that it had, which the line about the killed process names."""
+
+    def begun() -> list[Path]:
+        return list(tmp_path.glob("runs/*/generation-1/state.pt"))
+
+    process = torchrun("--max-restarts", "1", "--", "train", "--config", "config.json", seconds=0.03)
+    wait_for(lambda: bool(begun()), process)
+    (state,) = begun()
+    inode = state.stat().st_ino
+    os.kill(int((tmp_path / "pid-0").read_text()), signal.SIGKILL)
+    out, (line,), err = ended(process)
+    assert process.returncode == 0, err
+    assert [state] == begun()
+    assert state.stat().st_ino != inode
+    assert f"continue with `ban-fast train --out {state.parents[1].relative_to(tmp_path)} --resume`" in line
+    assert out.count("teacher  test") == 1, "trained once"
+
+
+@pytest.mark.slow
+def test_a_restart_does_not_go_on_with_another_run(torchrun: Torchrun, tmp_path: Path) -> None:
+    """Whoever has it in --out is told so, as often as torchrun tries."""
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "config.json", tmp_path / "run")
+    before = tree(tmp_path / "run")
+    process = torchrun("--max-restarts", "1", "--", "train", "--config", "config.json", "--out", "run")
+    _, lines, _ = ended(process)
+    assert lines == ["ban-fast: run holds a run already: continue it with --resume, or choose another --out"] * 2
+    assert tree(tmp_path / "run") == before
 
 
 @pytest.mark.slow

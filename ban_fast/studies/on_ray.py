@@ -8,7 +8,9 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ..errors import UserError
 from .resources import Resources
 from .worker import PATIENCE, Job, Outcome, Worker
 
+_SECONDS_TO_CONNECT = 10.0
 _TICK = 0.2
 """Seconds between two looks of a task at its process."""
 
@@ -146,6 +149,7 @@ def _ray() -> Any:
 
 def _connect(ray: Any) -> None:
     """Ray takes over the handlers of some signals: put them back."""
+    _refuse_nobody(os.environ.get("RAY_ADDRESS", ""))
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
@@ -154,3 +158,18 @@ def _connect(ray: Any) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _refuse_nobody(address: str) -> None:
+    """UserError where nobody listens at HOST:PORT: Ray itself asks for minutes, and writes of each time."""
+    named = re.fullmatch(r"(?:ray://)?\[?(?P<host>[^/]+?)\]?:(?P<port>\d{1,5})", address)
+    if named is None:  # "auto", say
+        return
+    try:
+        socket.create_connection((named["host"], int(named["port"])), timeout=_SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(
+            f"no Ray cluster answers at {address}, where RAY_ADDRESS says it is ({reason}): start it, correct that, or "
+            "use --engine local"
+        ) from error

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from study_runs import Heard, small
@@ -183,6 +185,17 @@ def test_what_is_asked_for_is_checked_before_anything_is_written(study: Study, t
 def test_ray_that_is_not_installed(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Ray is not installed; pip install 'ban_fast\[ray\]', or use --engine local"):
+        run_study(study, tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "127.0.0.1:70000"])
+def test_a_ray_cluster_that_is_not_there(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr("ban_fast.studies.on_ray._ray", lambda: SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"^no Ray cluster answers at {re.escape(address)}, .* or use --engine local$"):
         run_study(study, tmp_path / "out", engine="ray")
     assert not (tmp_path / "out").exists()
 

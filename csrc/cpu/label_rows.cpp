@@ -4,37 +4,44 @@
 namespace ban_fast::BAN_FAST_ISA {
 namespace {
 
-// A row's largest value m, and its sum of exp(x - m), from one visit: blocks are counted from the largest value so far.
 template <class T>
 struct Total {
   T largest;
   double sum;
 };
 
+// A row's largest value, and its sum of exp(x - reference).
+template <class T>
+Total<T> row_sum(const T* row, std::int64_t classes, T reference, const Upcoming next) {
+  constexpr UnitTemperature<T> one;
+  Vec<T> largest(-kInfinity<T>);
+  LaneSum<T> sum;
+  for_vectors<T>(
+      0, classes,
+      [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+        const Vec<T> x = load_some<tail>(row + i, classes - i, -kInfinity<T>);
+        next.prefetch(i);
+        largest = larger(largest, x);
+        sum.add(exp_quotient(x - Vec<T>(reference), one));
+      },
+      [&]() BAN_FAST_LAMBDA { sum.end_block(); });
+  return {largest_lane(largest), sum.value()};
+}
+
+// The same with reference the largest, for the most part from one visit: as in label_row, the largest of the row's
+// beginning stands for it until a later one is far larger.
 template <class T>
 Total<T> row_total(const T* row, std::int64_t classes, const Upcoming next) {
-  constexpr std::int64_t kBlock = kBlockVectors * Vec<T>::lanes;
+  constexpr std::int64_t kBeginning = kBlockVectors * Vec<T>::lanes;
   constexpr UnitTemperature<T> one;
-  T largest = std::numeric_limits<T>::lowest();  // a block of -inf counts nothing; a row of it is NaN
-  LaneSum<T> sum;
-  for (std::int64_t begin = 0; begin < classes; begin += kBlock) {
-    const std::int64_t end = begin + kBlock < classes ? begin + kBlock : classes;
-    const Vec<T> here = lane_maxima(row, begin, end);
-    if (any(Vec<T>(largest) < here)) {
-      const T before = largest;
-      largest = largest_lane(here);
-      sum.total = sum.total * Vec<double>(double(exp_quotient(before - largest, one)));
-    }
-    for_vectors<T>(
-        begin, end,
-        [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-          next.prefetch(i);
-          sum.add(exp_quotient(load_some<tail>(row + i, end - i, -kInfinity<T>) - Vec<T>(largest), one));
-        },
-        [&]() BAN_FAST_LAMBDA { sum.end_block(); });
+  const T first = row_maximum(row, classes < kBeginning ? classes : kBeginning);
+  Total<T> total = row_sum(row, classes, first, next);
+  if (!(total.largest - first <= kFar<T>)) return row_sum(row, classes, total.largest, next);
+  if (first < total.largest) {
+    total.sum *= double(exp_quotient(first - total.largest, one));
+    if (total.sum < 1.0) total.sum = 1.0;  // the largest's own exp is 1, which rounding may have missed
   }
-  const double total = sum.value();
-  return {largest, total == 0.0 ? std::numeric_limits<double>::quiet_NaN() : total};
+  return total;
 }
 
 template <class T>

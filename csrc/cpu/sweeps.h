@@ -239,18 +239,21 @@ struct LabelRow {
   double loss, total;
 };
 
+// How far beyond its reference a row may reach: exp(20) times a row's length is within fp32.
+template <class T>
+inline constexpr T kFar = T(20);
+
 // m is the largest of the row's beginning: the row is then read once. Where a later one is far larger, m is that.
 template <class T>
 BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Upcoming upcoming, T* exp) {
   constexpr std::int64_t kBeginning = kBlockVectors * Vec<T>::lanes;
-  constexpr T kFar = T(20);  // exp(20) times a row's length is within fp32
   constexpr UnitTemperature<T> one;
   const bool is_short = classes <= kBeginning;
   const T first = row_maximum(z, is_short ? classes : kBeginning);
   LabelSums<T> sums = is_short ? label_sums<true>(z, classes, label, first, upcoming, exp)
                                : label_sums<false>(z, classes, label, first, upcoming, exp);
   double scale = 1.0;  // to exp(z - largest)
-  if (!(sums.largest - first <= kFar)) {
+  if (!(sums.largest - first <= kFar<T>)) {
     sums = label_sums<true>(z, classes, label, sums.largest, upcoming, exp);
   } else if (first < sums.largest) {
     scale = double(exp_quotient(first - sums.largest, one));

@@ -76,13 +76,17 @@ void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std
     const T* z = fetch_row(job.student, row, classes, scratch.row(0));
     T* exp = scratch.row(1);
     const Upcoming next(job.student, next_row(selection, row, end));
-    const LabelRow label = label_row(z, classes, selection.labels[row], next, exp);
+    const Upcoming first = job.gradient.data != nullptr ? next.first_half() : next, second = next.second_half(classes);
+    const LabelRow label = label_row(z, classes, selection.labels[row], first, exp);
     job.values[row] = label.loss;
     const Vec<T> scale(T(job.weights[row] * job.scale / label.total));
     with_gradient_row<T>(job.gradient, row, classes, [&]<class To>(To* gradient) BAN_FAST_LAMBDA {
       if constexpr (!std::is_same_v<To, NoGradient>) {
         write_row<T>(gradient, classes, job.gradient.streamed,
-                     [&](std::int64_t i) BAN_FAST_LAMBDA { return load(exp + i) * scale; });
+                     [&](std::int64_t i) BAN_FAST_LAMBDA {
+                       second.prefetch(i);
+                       return load(exp + i) * scale;
+                     });
       }
     });
   }

@@ -63,12 +63,22 @@ class Upcoming {
       : element_(element_size(matrix.dtype)),
         row_(static_cast<const char*>(matrix.data) + row * matrix.row_stride * element_) {}
 
+  // Two that share the row's lines between two passes over all i, so that the one that writes has lines to fetch too.
+  Upcoming first_half() const { return {*this, 0}; }
+  Upcoming second_half(std::int64_t classes) const { return {*this, classes / 2}; }
+
   // The line of element i, if the row is contiguous; if not, some line.
-  __attribute__((always_inline)) void prefetch(std::int64_t i) const { BAN_FAST_ISA::prefetch(row_ + i * element_); }
+  __attribute__((always_inline)) void prefetch(std::int64_t i) const {
+    BAN_FAST_ISA::prefetch(row_ + (i >> shift_) * element_);
+  }
 
  private:
+  Upcoming(const Upcoming& whole, std::int64_t from)
+      : element_(whole.element_), row_(whole.row_ + from * whole.element_), shift_(1) {}
+
   std::int64_t element_;
   const char* row_;
+  int shift_ = 0;
 };
 
 // The row after `row` in [0, end), where that counts; else `row` itself.

@@ -22,6 +22,7 @@ TEACHERS = ("live", "cache", "auto")
 STEPS = ("auto", "eager", "compile", "graph")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
 CACHE_FILLS = ("lazy", "ahead")
+FOLDS = ("auto", "on", "off")
 LEVELS = ("word", "character")
 OVER_TIME = ("sum", "mean")
 _COLDEST, _HOTTEST = 1e-18, 1e18
@@ -123,6 +124,9 @@ class TeacherConfig:
     cache_fill: str = "lazy"
     """When its rows are computed: "lazy" (a view when it is first shown) or "ahead" (all that a generation's epochs
     will show, before its first step; on a GPU in large batches where those give the same bits)."""
+    fold: str = "auto"
+    """Whether its batch norms are folded, which is exact but for rounding: "on", "off", or "auto": on a GPU, where that
+    saves a pass over memory for each, and the network's operations can be followed."""
 
 
 @dataclass(kw_only=True)
@@ -245,6 +249,7 @@ class Config:
         _choice("teacher.mode", self.teacher.mode, TEACHERS)
         _choice("teacher.cache_dtype", self.teacher.cache_dtype, CACHE_DTYPES)
         _choice("teacher.cache_fill", self.teacher.cache_fill, CACHE_FILLS)
+        _choice("teacher.fold", self.teacher.fold, FOLDS)
         _choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
         _choice("device", self.device, DEVICES)
         _choice("amp", self.amp, AMP_MODES)

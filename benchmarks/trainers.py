@@ -25,6 +25,7 @@ from ban_fast.training.reader import Forward
 from ban_fast.training.task import Task
 from ban_fast.training.teacher import LiveTeacher, Teacher
 from ban_fast.training.teacher_cache import CachedTeacher
+from ban_fast.training.teacher_folding import answering
 from benchmarks.loaders import PADDING, torchvision_loader
 from benchmarks.step_figures import CACHED, COMPILED, COMPOSED, EAGER, LIVE, NAIVE, SUPERVISED, Case
 
@@ -210,10 +211,14 @@ class Ours(Trainer):
     def _make_teacher(self, samples: int, views: int) -> Teacher | None:
         if self._objective == "label":
             return None
+        images = lambda: next(iter(self._loader.epoch(0))).images  # noqa: E731
+        network, is_folded, _ = answering(self.teacher_network, self._config, self.device, images)
         if not self._cached:
-            return LiveTeacher(self.teacher_network)
+            return LiveTeacher(self.teacher_network, Forward(network), is_folded=is_folded)
         return CachedTeacher(
             self.teacher_network,
+            Forward(network),
+            is_folded=is_folded,
             rows=MemoryRows(CLASSES, torch.float32, self.device),
             samples=samples,
             views=views,

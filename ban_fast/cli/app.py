@@ -14,6 +14,7 @@ from ..config import (
     CACHE_DTYPES,
     CACHE_FILLS,
     DEVICES,
+    FOLDS,
     LEVELS,
     LOADERS,
     OBJECTIVES,
@@ -262,6 +263,15 @@ def train(
             "--cache-fill",
             "|".join(CACHE_FILLS),
             "Compute outputs when a view is first shown, or all before training. Default: lazy; the same bits.",
+            _NETWORKS,
+        ),
+    ] = None,
+    fold_teacher: Annotated[
+        str | None,
+        _flag(
+            "--fold-teacher",
+            "|".join(FOLDS),
+            "Fold its batch norms: the same but for rounding. Default: auto, on a GPU.",
             _NETWORKS,
         ),
     ] = None,

@@ -27,6 +27,7 @@ FIELDS = {
     "cache_dtype": "teacher.cache_dtype",
     "cache_dir": "teacher.cache_directory",
     "cache_fill": "teacher.cache_fill",
+    "fold_teacher": "teacher.fold",
     "kd_weight": "objective.kd_weight",
     "label_weight": "objective.label_weight",
     "generations": "generations",

@@ -32,6 +32,7 @@ from .task import CUSTOM, ModelFactory, Samples, Task, build, training_device, w
 from .teacher import Teacher, fingerprint
 from .teacher_cache import CachedTeacher
 from .teacher_choice import FOLDER, check_cache, choose_teacher, remove_own
+from .teacher_folding import check_fold
 
 
 def run(
@@ -111,6 +112,7 @@ def everyones_task(
         task = make_task(config, device, model=model, ranks=ranks, **own)
         check_step(config, device, task.train(0))
         check_cache(config, task, None if home is None else home / FOLDER, resume)
+        check_fold(config, task)
         if config.steps == COMPILE:
             check_compiler(device)
     return task

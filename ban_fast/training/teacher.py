@@ -84,9 +84,12 @@ class Teacher(Protocol):
 class Frozen:
     """A finished network in eval mode and without gradients, whose every parameter and buffer is watched."""
 
-    def __init__(self, network: nn.Module, reader: Reader | None = None) -> None:
-        """`reader` shows the network its batches; None: each by itself, as it comes."""
-        self.network = network.eval().requires_grad_(False)
+    def __init__(self, network: nn.Module, reader: Reader | None = None, *, is_folded: bool = False) -> None:
+        """`reader` shows the network its batches; None: each by itself, as it comes.
+
+        `is_folded`: whether it shows them to a folded copy, which has all that could change in common with the network.
+        """
+        self.network, self.is_folded = network.eval().requires_grad_(False), is_folded
         self.fingerprint = fingerprint(network)
         self.reader = Forward(network) if reader is None else reader
 
@@ -103,12 +106,16 @@ class Frozen:
                 "shares them with the student"
             )
 
+    def manner(self) -> dict[str, Any]:
+        """What results.json says of how it computes, where that is not as it was trained."""
+        return {"batch_norm": "folded"} if self.is_folded else {}
+
 
 class LiveTeacher(Frozen):
     """A teacher that gives its logits for each batch as it comes: the very images that the student sees."""
 
-    def __init__(self, network: nn.Module, reader: Reader | None = None) -> None:
-        super().__init__(network, reader)
+    def __init__(self, network: nn.Module, reader: Reader | None = None, *, is_folded: bool = False) -> None:
+        super().__init__(network, reader, is_folded=is_folded)
         self._dtype: torch.dtype | None = None
         self._asked = 0  # batches
         self._restored: int | None = None
@@ -141,7 +148,7 @@ class LiveTeacher(Frozen):
 
     def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
         """A forward pass for all that the student was trained on."""
-        return {"mode": "live", "dtype": dtype_name(self._dtype), f"forward_{unit}": rows}
+        return {"mode": "live", "dtype": dtype_name(self._dtype), f"forward_{unit}": rows} | self.manner()
 
     def state(self) -> dict[str, Any]:
         """Which teacher it is."""

@@ -56,6 +56,7 @@ class CachedTeacher(Frozen):
         with_confidence: bool = False,
         on_device: bool = True,
         is_own: bool = False,
+        is_folded: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         """Sample ids are below `samples`, views below `views`; the network is shown `batch_size` images at a time.
@@ -68,7 +69,7 @@ class CachedTeacher(Frozen):
         Of several `ranks`, only rank 0 has `rows` that may be there already: the others `share` them.
         UserError, with the files closed, where rows that are there can't be this network's.
         """
-        super().__init__(network, reader)
+        super().__init__(network, reader, is_folded=is_folded)
         self._rows = rows
         self.device = device
         self._views, self._batch_size = views, batch_size
@@ -211,7 +212,8 @@ class CachedTeacher(Frozen):
 
     def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
         """How many images the teacher saw, for all students that share it in this run."""
-        return {"mode": "cache", "dtype": dtype_name(self._dtype), f"forward_{unit}": self.forward_images}
+        record = {"mode": "cache", "dtype": dtype_name(self._dtype), f"forward_{unit}": self.forward_images}
+        return record | self.manner()
 
     def state(self) -> dict[str, Any]:
         """Which teacher it is, and how often it was asked."""

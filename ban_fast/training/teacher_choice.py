@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .step_choice import COMPILE
 from .task import Task, Views
 from .teacher import Frozen, LiveTeacher, Teacher, dtype_name
 from .teacher_cache import CachedTeacher
+from .teacher_folding import answering, first_images
 from .text_cache import CachedTextTeacher
 
 FOLDER = "teacher-cache"
@@ -128,20 +130,28 @@ def choose_teacher(
     would be other bits.
     UserError where a cache is damaged beyond use, another teacher's, or in use.
     """
-    reader = Forward(compiled(network)) if config.steps == COMPILE else task.reader(network)
+    frozen = _frozen(network, config, task)
+    live = partial(LiveTeacher, network, frozen.reader, is_folded=frozen.is_folded)
     if config.teacher.mode == "live":
-        return LiveTeacher(network, reader), None
-    frozen = Frozen(network, reader)
+        return live(), None
     # Ranks must go one way: rank 0, which keeps the files, finds it.
     reason, same_bits = task.ranks.first(lambda: _reason_for_live(frozen, config, task, home, before))
     if reason is not None:
-        return LiveTeacher(network, reader), f"live: {reason}"
+        return live(), f"live: {reason}"
     try:
         return _cached(frozen, config, task, loader, objectives, home, owner, same_bits)
     except InUse:
         if not _may_change(config, task, before):
             raise
-        return LiveTeacher(network, reader), f"live: another process uses its cache in {_place(config, home)}"
+        return live(), f"live: another process uses its cache in {_place(config, home)}"
+
+
+def _frozen(network: nn.Module, config: Config, task: Task) -> Frozen:
+    """A finished network, and how it answers."""
+    network = network.eval().requires_grad_(False)
+    chosen, is_folded, _ = answering(network, config, task.device, first_images(task))
+    reader = Forward(compiled(chosen)) if config.steps == COMPILE else task.reader(chosen)
+    return Frozen(network, reader, is_folded=is_folded)
 
 
 def _may_change(config: Config, task: Task, before: str | None) -> bool:
@@ -245,6 +255,7 @@ def _cached(
         "with_confidence": by_confidence and not only_confidence,
         "on_device": on_device,
         "is_own": config.teacher.cache_directory is None,
+        "is_folded": frozen.is_folded,
         "ranks": task.ranks,
     }
     if task.is_fixed:
@@ -316,6 +327,7 @@ def _description(frozen: Frozen, config: Config, task: Task, outputs: str, dtype
         **_manner(config, task),
         "outputs": outputs,
         "dtype": dtype_name(dtype),
+        **frozen.manner(),
     }
 
 

@@ -75,6 +75,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["train", "--teacher", "live", "--cache-fill", "ahead"],
         ["--cache-fill: a live teacher has no cache; leave it out"],
     ),
+    "folding": (["train", "--fold-teacher", "of"], ["--fold-teacher: unknown value 'of'; did you mean 'off'?"]),
+    "folding nothing": (
+        ["train", "--fold-teacher", "on", "--model", "mlp-8"],
+        ["--fold-teacher: the teacher can't be folded: it has no batch norm; use auto or off"],
+    ),
     "cache in a file": (["train", "--cache-dir", "/dev/null"], ["--cache-dir: /dev/null is not a directory"]),
     "empty cache": (["train", "--cache-dir", ""], ["--cache-dir must not be empty"]),
     "students": (["train", "--students", "ban,bann"], ["--students: unknown value 'bann'; did you mean 'ban'?"]),

@@ -43,6 +43,8 @@ class Narrator(Observer):
         self.generation = 0
         self.done = 0
         """Steps of this generation."""
+        self.loss: float | None = None
+        """Of the epoch so far, as far as it is known."""
         self._signals, self._again = signals, again
 
     def __enter__(self) -> "Narrator":
@@ -64,7 +66,10 @@ class Narrator(Observer):
         )
 
     def generation_started(self, generation: int, objective: str, total_steps: int, done_steps: int) -> None:
-        self.generation, self.done = generation, done_steps
+        self.generation, self.done, self.loss = generation, done_steps, None
+
+    def loss_arrived(self, generation: int, objective: str, loss: float) -> None:
+        self.loss = loss
 
     def teacher_chosen(self, generation: int, text: str) -> None:
         self.say(f"{describe.generation(generation):<8} teacher {text}")
@@ -86,10 +91,11 @@ class Narrator(Observer):
         raise NotImplementedError
 
     def epoch(self) -> str:
-        """ "BAN-1, epoch 3 of 40"."""
+        """ "BAN-1, epoch 3 of 40", and ", loss 1.23" where one learns, and it is known."""
         assert self.plan is not None
         epoch = min(self.done // self.plan.steps_per_epoch + 1, self.plan.epochs)
-        return f"{describe.generation(self.generation)}, epoch {epoch} of {self.plan.epochs}"
+        loss = "" if self.loss is None or self.plan.students else f", loss {self.loss:.3g}"
+        return f"{describe.generation(self.generation)}, epoch {epoch} of {self.plan.epochs}{loss}"
 
 
 class Silent(Narrator):

@@ -107,6 +107,8 @@ class Loop:
         """Look at the loss, after so many steps more."""
         if self._device.type == "cpu" or learner.step % _STEPS_BETWEEN_CHECKS < made:
             learner.check_loss(late=True)
+            if learner.meter.arrived is not None:
+                self._observer.loss_arrived(learner.number, learner.objective_name, learner.meter.arrived)
 
     def _close_epoch(self, learners: list[Learner]) -> None:
         try:

@@ -25,7 +25,9 @@ class Meter:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._ranks = ranks
         self.images = 0
-        self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
+        self.arrived: float | None = None
+        """The mean loss when `was_finite` looked, where it was a finite one; of several ranks none knows it alone."""
+        self._arriving: tuple[Tensor, torch.cuda.Event, int] | None = None  # a sum, when it is there, of so many images
 
     def add(self, terms: Terms, logits: Tensor, labels: Tensor, whole: int) -> None:  # [B, C], [B]
         """The part that these have in a batch of `whole` samples, on the device; `images` is counted by the caller."""
@@ -54,21 +56,29 @@ class Meter:
 
         So the device is never without work, and the host no further ahead of it than from one question to the next.
         """
-        if self._sums.device.type != "cuda":
-            return self.is_finite()
-        was_broken = False
+        if self._sums.device.type == "cuda":
+            loss, images = self._before()
+        else:
+            loss, images = self._sums[0].item(), self.images
+        is_finite = math.isfinite(loss)
+        self.arrived = loss / images if images and is_finite and self._ranks.is_alone else None
+        (is_broken,) = self._ranks.any(not is_finite)
+        return not is_broken
+
+    def _before(self) -> tuple[float, int]:
+        """The loss's sum and its images when this was last asked; 0 of 0 at first."""
+        found = 0.0, 0
         if self._arriving is None:
             loss = torch.zeros((), dtype=self._sums.dtype, pin_memory=True)
             arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
         else:
-            loss, arrival = self._arriving
+            loss, arrival, images = self._arriving
             arrival.synchronize()
-            was_broken = not math.isfinite(loss.item())
+            found = loss.item(), images
         loss.copy_(self._sums[0], non_blocking=True)
         arrival.record(torch.cuda.current_stream(self._sums.device))
-        self._arriving = loss, arrival
-        (is_broken,) = self._ranks.any(was_broken)
-        return not is_broken
+        self._arriving = loss, arrival, self.images
+        return found
 
     def means(self) -> dict[str, float | None]:
         """{"loss", "kd", "label": nats, "error": percent}, means over the images so far. Waits for the device.

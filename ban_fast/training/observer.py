@@ -47,6 +47,10 @@ class Observer:
     def step(self, generation: int, done_steps: int) -> None:
         """One more optimizer step was made. Called in the training loop: keep it short."""
 
+    def loss_arrived(self, generation: int, objective: str, loss: float) -> None:
+        """The mean training loss of the epoch so far, of whoever learns by this objective: on a GPU as it was some
+        steps ago, since nobody waits for it. Not told by several processes, none of which knows it alone."""
+
     def epoch_finished(self, generation: int, record: dict[str, Any]) -> None:
         """`record` is the epoch's line of metrics.jsonl."""
 

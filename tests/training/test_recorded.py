@@ -229,14 +229,21 @@ def test_a_broken_loss_is_seen_at_the_next_question(monkeypatch: pytest.MonkeyPa
     meter = Meter(torch.device("cpu"))
     sums = meter._sums
     meter._sums = sums.as_subclass(OnDevice)
+    sums[0], meter.images = 8.0, 4
     assert meter.was_finite()
-    sums[0] = math.nan
+    assert meter.arrived is None
+    sums[0], meter.images = math.nan, 6
     assert meter.was_finite()
+    assert meter.arrived == 2.0  # of the first question
     assert not meter.was_finite()
+    assert meter.arrived is None
     assert not meter.is_finite()
 
 
 def test_on_the_cpu_it_is_seen_at_once() -> None:
     meter = Meter(torch.device("cpu"))
+    meter._sums[0], meter.images = 3.0, 2
+    assert meter.was_finite()
+    assert meter.arrived == 1.5
     meter._sums[0] = math.inf
     assert not meter.was_finite()

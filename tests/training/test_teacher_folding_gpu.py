@@ -1,4 +1,4 @@
-"""What only a GPU can show of folded teachers: what "auto" comes to, by which kernels, recorded too. `pytest -m gpu`."""
+"""What only a GPU can show of folded teachers: what "auto" comes to, by which kernels. `pytest -m gpu`."""
 
 from pathlib import Path
 

@@ -138,6 +138,19 @@ def pair(**options: Any) -> tuple[LiveTeacher, CachedTeacher, Batch]:
     return LiveTeacher(taught), cached, batch
 
 
+def test_rows_are_read_where_they_lie() -> None:
+    """The losses get the table itself and the rows' places in it, whoever asks and whatever he asks for."""
+    rows = MemoryRows(CLASSES, torch.float32, CPU)
+    _, cached, batch = pair(rows=rows)
+    for _ in range(2):
+        taught = cached(batch)
+        assert taught.logits is not None
+        assert taught.logits.data_ptr() == rows.table.data_ptr()
+        assert taught.rows is not None
+        assert torch.equal(rows.table[taught.rows], taught.logits.index_select(0, taught.rows))
+        assert len(taught.rows.unique()) == BATCH
+
+
 def test_confidences_beside_logits_are_those_alone() -> None:
     _, alone, batch = pair(rows=MemoryRows(1, torch.float32, CPU), only_confidence=True)
     _, beside, _ = pair(rows=MemoryRows(CLASSES, torch.float32, CPU), with_confidence=True)

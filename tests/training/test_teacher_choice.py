@@ -25,10 +25,11 @@ from small_runs import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ban_fast.config import Config, ModelConfig, TeacherConfig
+from ban_fast import models
+from ban_fast.config import Config, DataConfig, ModelConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError
 from ban_fast.training import Interrupted, run
-from ban_fast.training.cache_store import count_rows
+from ban_fast.training.cache_store import FileRows, count_rows
 from ban_fast.training.jobs import make_task
 from ban_fast.training.locks import DirectoryLock
 from ban_fast.training.teacher_cache import CachedTeacher
@@ -131,6 +132,40 @@ def test_what_cannot_be_kept_is_refused_before_training(tmp_path: Path) -> None:
             run(config(teacher=TeacherConfig(cache_directory=str(place))), out=tmp_path / "run", **own())
         assert caught.value.field == "teacher.cache_directory"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+ANOTHER: dict[str, dict[str, Any]] = {
+    "precision": {"amp": "bf16"},
+    "kernels": {"step": "compile"},
+    "layout": {"channels_last": True},
+    "batch, by which kernels are chosen": {"batch_size": 12},
+    "views": {"data": DataConfig(name="digits", limit_train=72, augmentation="none")},
+    "borders": {"data": DataConfig(name="digits", limit_train=72, padding="zero")},
+    "images": {"data": DataConfig(name="digits", limit_train=70)},
+    "rounding": {"teacher": TeacherConfig(mode="cache", cache_dtype="bf16")},
+    "batch norm": {"teacher": TeacherConfig(mode="cache", fold="on")},
+}
+
+
+def test_what_a_cache_is_known_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the bits of a row depend on makes it another cache; what they don't does not."""
+    monkeypatch.setattr("ban_fast.training.teacher_choice.compiled", lambda forward: forward)
+    weights = [models.create("convnet-8", 10, in_channels=1) for _ in range(2)]
+
+    def place(network: nn.Module, changes: dict[str, Any]) -> str:
+        settings = digits(**{"teacher": CACHE, **changes})
+        task = make_task(settings, torch.device("cpu"))
+        teacher, _ = choose_teacher(network, settings, task, task.train(0), ["ban"], tmp_path, bytes(8))
+        assert isinstance(teacher, CachedTeacher)
+        rows = teacher._rows
+        teacher.close()
+        assert isinstance(rows, FileRows)
+        return rows.path.name
+
+    own = place(weights[0], {})
+    assert place(weights[0], {"seed": 5, "epochs": 3, "objective": "dkpp", "step": "eager"}) == own
+    others = {"weights": place(weights[1], {})} | {name: place(weights[0], each) for name, each in ANOTHER.items()}
+    assert len({own, *others.values()}) == 1 + len(others)
 
 
 def test_double_precision_logits_are_not_rounded_unasked() -> None:

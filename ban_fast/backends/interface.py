@@ -52,7 +52,8 @@ class Backend(Protocol):
     Without `need_terms` an output's `kd` and `label` may be of shape [0]: allocating them is a tenth of a small loss.
     A backend may also have `usual_kd`: by position student, teacher, labels and teacher_rows, none of them checked, the
     options of `kd` in their order but for need_terms, and the number of threads. It gives a `Usual`, or None for
-    whatever `kd` or a check before it had better see.
+    whatever `kd` or a check before it had better see. It may have `kd_in_place`: `kd` for fp32 or fp64 students, whose
+    gradient, where it is needed, takes the place of their logits if those are contiguous.
     """
 
     def kd(

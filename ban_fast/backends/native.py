@@ -52,13 +52,51 @@ def kd(
     need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.kd`."""
-    labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
     output = _allocate(student, reduction, need_grad, need_terms)
+    options = temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]
+    return _kd(student, teacher, labels, teacher_rows, options, ignore_index, output)
+
+
+def kd_in_place(
+    student: Tensor,  # [R, C] fp32 or fp64
+    teacher: Tensor,  # [M, C]
+    labels: Tensor | None,  # [R]
+    teacher_rows: Tensor | None,  # [R]
+    *,
+    temperature: float,
+    kd_weight: float,
+    label_weight: float,
+    divergence: Divergence,
+    scale_t2: bool,
+    ignore_index: int,
+    reduction: Reduction,
+    need_grad: bool,
+) -> LossOutput:
+    """See `interface.Backend`. The kernel has read all of a row before it writes the row's gradient."""
+    in_place = need_grad and student.is_contiguous()
+    output = _allocate(student, reduction, need_grad and not in_place, True)
+    if in_place:
+        output = output._replace(grad=student)
+    options = temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]
+    return _kd(student, teacher, labels, teacher_rows, options, ignore_index, output)
+
+
+def _kd(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    teacher_rows: Tensor | None,
+    options: tuple[float, float, float, bool, bool, int],
+    ignore_index: int,
+    output: LossOutput,
+) -> LossOutput:
+    """`output`, filled."""
+    labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
     offence = _native.kd(
         _matrix(student),
         _matrix(teacher),
         _selection(student, labels, teacher_rows, ignore_index),
-        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
+        options,
         _result(output),
         torch.get_num_threads(),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ban_fast.backends.interface import Reduction
 from ban_fast.ops import checks
-from ban_fast.ops.autograd import Result, flat, flat_rows, is_traced, refuse_create_graph
+from ban_fast.ops.autograd import Result, flat, flat_rows, in_memory, is_traced, refuse_create_graph
 from ban_fast.ops.linear_kd_checks import check_label_range, check_labels, check_layer, check_teacher
 from ban_fast.ops.linear_kd_chunks import Layer, Need, Task, layer, run
 
@@ -62,6 +62,10 @@ def _linear_kd(
     need_bias: bool,
     **options: Any,
 ) -> Packed:
+    hidden, weight, teacher = in_memory(hidden), in_memory(weight), in_memory(teacher)
+    bias, labels, teacher_weight, teacher_bias = (
+        None if tensor is None else in_memory(tensor) for tensor in (bias, labels, teacher_weight, teacher_bias)
+    )
     if labels is not None and labels.device.type == "cpu":
         check_label_range(labels, options["ignore_index"], weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
@@ -287,7 +291,8 @@ def fused_linear_kd(  # type: ignore[misc]  # the first overload passes its opti
         teacher_logits: the teacher's outputs, or instead of them
         teacher_hidden, teacher_weight, teacher_bias: its last hidden states and output layer; H' may differ from H.
         chunk_bytes: budget for the logits that are there at once: the student's, their gradient, and the teacher's if
-            they come from hidden states. One row is the least. None: 10 MiB on a CPU, 1 GiB on a GPU.
+            they come from hidden states; on a CPU the gradient takes the place of the student's. One row is the least.
+            None: 5 MiB on a CPU, 1 GiB on a GPU.
         return_terms: also return {"kd": ..., "label": ...}, as `kd_loss` does.
 
     The loss is fp32 (fp64 for fp64 students), 0-d, or [...] for reduction "none", whose backward goes through the

@@ -56,18 +56,21 @@ def test_peak_memory_is_a_chunk(reduction: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "widened", "by_hidden", "need_grad", "expected"),
+    ("device", "dtype", "widened", "by_hidden", "need_grad", "expected"),
     [
-        (torch.float32, True, False, True, 4 + 4),
-        (torch.float32, True, False, False, 4),
-        (torch.float32, True, True, True, 4 + 4 + 4),
-        (torch.float64, True, True, True, 8 + 8 + 4),
-        (torch.bfloat16, True, True, True, 4 + 4 + 4),
-        (torch.bfloat16, False, True, True, 4 + 4 + 2 + 4),
-        (torch.bfloat16, False, False, False, 4),
+        ("cpu", torch.float32, True, False, True, 4),
+        ("cpu", torch.float32, True, True, True, 4 + 4),
+        ("cpu", torch.float64, True, True, True, 8 + 4),
+        ("cpu", torch.bfloat16, True, True, True, 4 + 4),
+        ("meta", torch.float32, False, False, True, 4 + 4),
+        ("meta", torch.float32, False, False, False, 4),
+        ("meta", torch.float64, False, True, True, 8 + 8 + 4),
+        ("meta", torch.bfloat16, False, True, True, 4 + 4 + 2 + 4),
+        ("meta", torch.bfloat16, False, False, False, 4),
     ],
 )
 def test_bytes_of_a_class(
+    device: str,
     dtype: torch.dtype,
     widened: bool,
     by_hidden: bool,
@@ -75,9 +78,9 @@ def test_bytes_of_a_class(
     expected: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Logits, gradient, that for the products where operands stay half, and the teacher's logits from fp32."""
+    """Logits, their gradient unless it takes their place, that of half-precision operands, the teacher's from fp32."""
     monkeypatch.setattr("ban_fast.ops.linear_kd_chunks.multiplies_halves", lambda device: not widened)
-    hidden, weight = torch.empty(3, 2, dtype=dtype), torch.empty(7, 2, dtype=dtype)
+    hidden, weight = (torch.empty(rows, 2, dtype=dtype, device=device) for rows in (3, 7))
     student = layer(weight, None, hidden, None)
     teacher = layer(weight.float(), None, hidden.float(), None) if by_hidden else None
     task = Task(hidden, student, hidden, teacher, None, 1.0, 1.0, 0.0, True, -100)
@@ -87,8 +90,8 @@ def test_bytes_of_a_class(
 
 
 def test_chunks_are_even_and_of_whole_tiles() -> None:
-    assert chunk_size(1120, 80_000, 10 << 20, "cpu") == 128  # 131 fit: nine chunks of 125 or, by whole tiles, 128
-    assert chunk_size(1120, 80_000, 12 << 20, "cpu") == 144  # 157 fit: eight, and no small one at the end
+    assert chunk_size(1120, 40_000, 5 << 20, "cpu") == 128  # 131 fit: nine chunks of 125 or, by whole tiles, 128
+    assert chunk_size(1120, 40_000, 6 << 20, "cpu") == 144  # 157 fit: eight, and no small one at the end
     assert chunk_size(1120, 80_000, 7 * 80_000, "cpu") == 7
     assert chunk_size(8192, 1_282_560, 1 << 30, "cuda") == 768  # 837 fit: ten of 820 are not whole tiles, nor fit 896
     assert chunk_size(8192, 1_282_560, 100 << 20, "cuda") == 81

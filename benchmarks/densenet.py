@@ -1,18 +1,22 @@
 """`python -m benchmarks.densenet`: training steps of DenseNets in every memory, beside torch.compile and torchvision.
 
-Forward, cross-entropy and backward, without the optimizer. For time all providers take turns in one process, A, B, C,
-A, B, C. For memory each has a fresh process: what autograd saved (bytes of storages), what the process (on a GPU: the
+Forward, cross-entropy and backward, without the optimizer. For time all providers take turns, A, B, C, A, B, C: on a
+CPU each in a process of its own, since malloc would serve one with pages that another has had, on a GPU all in one.
+For memory each has a fresh process: what autograd saved (bytes of storages), what the process (on a GPU: the
 allocator) held between forward and backward beyond what it held before, and the most that it held at once. At the end
 stand the targets that what was measured is judged by (targets.py).
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -183,22 +187,109 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def times(providers: tuple[str, ...], case: Case, device: str, rounds: int) -> dict[str, Entry]:
-    """Laps of all providers, in turns after two to warm up; a provider whose gradient is off has none."""
+def off(step: Step, truth: Step) -> float:
+    """How far a step's gradient is from another's, relative."""
+    gradient, expected = step.gradient(), truth.gradient()
+    return float((gradient - expected).norm() / expected.norm())
+
+
+def serve(providers: Sequence[str], case: Case, device: str) -> None:
+    """A step of each provider that standard input names, a line each, answered by its seconds; then what all are off.
+
+    Whatever else is printed goes to standard error.
+    """
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     steps = {provider: Step(provider, case, device) for provider in providers}
-    truth = steps[PLAIN].gradient()
-    entries: dict[str, Entry] = {}
-    for provider, step in steps.items():
-        off = ((step.gradient() - truth).norm() / truth.norm()).item()
-        entries[provider] = {"off": off, "laps_s": []}
-    right = [provider for provider in providers if entries[provider]["off"] <= LIMITS[case.amp]]
-    for _ in range(2):
-        for provider in right:
-            steps[provider].lap()
-    for _ in range(rounds):
-        for provider in right:
-            entries[provider]["laps_s"].append(steps[provider].lap())
-    return entries
+    for line in sys.stdin:
+        print(steps[line.strip()].lap(), file=replies, flush=True)
+    truth = steps[PLAIN] if PLAIN in steps else Step(PLAIN, case, device)
+    print(json.dumps({provider: off(step, truth) for provider, step in steps.items()}), file=replies, flush=True)
+
+
+class Processes:
+    """Those that serve the providers, until `ends` on the monotonic clock."""
+
+    def __init__(self, providers: Sequence[str], case: Case, device: str, ends: float | None) -> None:
+        groups = [(provider,) for provider in providers] if device == "cpu" else [tuple(providers)]
+        self._of: dict[str, subprocess.Popen[str]] = {}
+        for group in groups:
+            command = _command("laps", case, device, group)
+            process = subprocess.Popen(
+                command, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            self._of |= dict.fromkeys(group, process)
+        self._late = False
+        self._timer = None if ends is None else threading.Timer(max(0.0, ends - time.monotonic()), self._be_late)
+        if self._timer is not None:
+            self._timer.start()
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for process in set(self._of.values()):
+            process.kill()
+            with suppress(BrokenPipeError), process:  # which closes its pipes and waits for it
+                pass
+
+    def lap(self, provider: str) -> float:
+        """Seconds of a step."""
+        process = self._of[provider]
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # that it ended is found where its answer is read
+            process.stdin.write(f"{provider}\n")
+            process.stdin.flush()
+        return float(self._answer(process))
+
+    def off(self) -> dict[str, float]:
+        """Of every provider; no lap comes after it."""
+        found: dict[str, float] = {}
+        for process in dict.fromkeys(self._of.values()):
+            assert process.stdin is not None
+            process.stdin.close()
+            found |= json.loads(self._answer(process))
+        return found
+
+    def _answer(self, process: "subprocess.Popen[str]") -> str:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if line:
+            return line
+        status = process.wait()
+        if self._late:
+            raise subprocess.TimeoutExpired(process.args, 0)
+        raise subprocess.CalledProcessError(status, process.args)
+
+    def _be_late(self) -> None:
+        self._late = True
+        for process in set(self._of.values()):
+            process.kill()
+
+
+def times(
+    providers: Sequence[str], case: Case, device: str, rounds: int, ends: float | None = None
+) -> dict[str, Entry]:
+    """Laps of all providers, in turns after three to warm up; a provider whose gradient is off has none."""
+    laps: dict[str, list[float]] = {provider: [] for provider in providers}
+    with Processes(providers, case, device, ends) as processes:
+        for _ in range(3):
+            for provider in providers:
+                processes.lap(provider)
+        for _ in range(rounds):
+            for provider in providers:
+                laps[provider].append(processes.lap(provider))
+        return accepted(laps, processes.off(), case)
+
+
+def accepted(laps: dict[str, list[float]], offs: dict[str, float], case: Case) -> dict[str, Entry]:
+    """The laps of those whose gradient is right."""
+    return {
+        provider: {"off": offs[provider], "laps_s": each if offs[provider] <= LIMITS[case.amp] else []}
+        for provider, each in laps.items()
+    }
 
 
 def measure(
@@ -208,16 +299,16 @@ def measure(
     providers: tuple[str, ...] | None = None,
     timeout: float | None = None,
 ) -> Record:
-    """Everything about a case: times by turns in one process, then memory in a process each.
+    """Everything about a case: times by turns, then memory in a fresh process each.
 
     `providers` are the device's usual ones. subprocess.SubprocessError where a process fails, or all of them together
     take longer than `timeout` seconds.
     """
     ends = None if timeout is None else time.monotonic() + timeout
     chosen = usual(device) if providers is None else providers
-    entries: dict[str, Entry] = _fresh("times", case, device, rounds, chosen, ends)
+    entries = times(chosen, case, device, rounds, ends)
     for provider in chosen:
-        entries[provider] |= _fresh("memory", case, device, rounds, (provider.removesuffix(GRAPHED),), ends)
+        entries[provider] |= memory_apart(provider.removesuffix(GRAPHED), case, device, ends)
     return {"case": asdict(case), "providers": entries}
 
 
@@ -226,23 +317,26 @@ def usual(device: str) -> tuple[str, ...]:
     return PROVIDERS + ON_GPUS if device == "cuda" else PROVIDERS
 
 
-def _fresh(
-    what: str, case: Case, device: str, rounds: int, providers: tuple[str, ...], ends: float | None = None
-) -> Any:
-    """The answer of a new process: `main` with --answer."""
-    request = json.dumps(
-        {"what": what, "case": asdict(case), "device": device, "rounds": rounds, "providers": providers}
-    )
-    command = [sys.executable, "-m", "benchmarks.densenet", "--answer", request]
+def memory_apart(provider: str, case: Case, device: str, ends: float | None = None) -> Entry:
+    """`memory` in a process of its own."""
+    command = _command("memory", case, device, (provider,))
     left = None if ends is None else max(0.0, ends - time.monotonic())
     done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=left)
-    return json.loads(done.stdout.splitlines()[-1])
+    entry: Entry = json.loads(done.stdout.splitlines()[-1])
+    return entry
 
 
-def answer(what: str, case: Entry, device: str, rounds: int, providers: list[str]) -> Any:
-    if what == "memory":
-        return memory(providers[0], Case(**case), device)
-    return times(tuple(providers), Case(**case), device, rounds)
+def _command(what: str, case: Case, device: str, providers: Sequence[str]) -> list[str]:
+    request = {"what": what, "case": asdict(case), "device": device, "providers": providers}
+    return [sys.executable, "-m", "benchmarks.densenet", "--answer", json.dumps(request)]
+
+
+def answer(what: str, case: Entry, device: str, providers: list[str]) -> None:
+    """In the process that `_command` starts."""
+    if what == "laps":
+        serve(providers, Case(**case), device)
+    else:
+        print(json.dumps(memory(providers[0], Case(**case), device)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -258,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--answer", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.answer is not None:
-        print(json.dumps(answer(**json.loads(options.answer))))
+        answer(**json.loads(options.answer))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = [Case(network, options.batch, options.amp) for network in options.network or ()] or cases(device)

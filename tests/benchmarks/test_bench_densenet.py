@@ -40,17 +40,31 @@ def test_torchvisions_network_has_the_same_parameters(network):
     assert {id(parameter): parameter.shape for parameter in theirs.parameters()} == ours
 
 
-def test_times_are_of_providers_with_the_right_gradient(monkeypatch):
-    providers = tuple(provider for provider in densenet.PROVIDERS if provider != "compile")
-    entries = densenet.times(providers, SMALL, "cpu", rounds=2)
-    for provider, entry in entries.items():
-        assert entry["off"] <= densenet.LIMITS[False], provider
-        assert len(entry["laps_s"]) == 2
-    monkeypatch.setattr(densenet.Step, "gradient", lambda step: torch.tensor([1.0 + (step.network.memory == "shared")]))
-    wrong = densenet.times(("plain", "shared"), SMALL, "cpu", rounds=1)
-    assert wrong["shared"] == {"off": 1.0, "laps_s": []}
+@pytest.mark.parametrize("provider", [provider for provider in densenet.PROVIDERS if provider != "compile"])
+def test_all_have_the_same_gradient(provider: str) -> None:
+    plain = densenet.Step(PLAIN, SMALL, "cpu")
+    assert densenet.off(densenet.Step(provider, SMALL, "cpu"), plain) <= densenet.LIMITS[False]
+
+
+def test_processes_take_turns() -> None:
+    entries = densenet.times((PLAIN, SHARED), SMALL, "cpu", rounds=2)
+    assert {provider: len(entry["laps_s"]) for provider, entry in entries.items()} == {PLAIN: 2, SHARED: 2}
+    assert entries[PLAIN]["off"] == 0
+    assert 0 < entries[SHARED]["off"] <= densenet.LIMITS[False]
+
+
+def test_a_process_that_ends_is_an_error() -> None:
+    with densenet.Processes(["unknown", PLAIN], SMALL, "cpu", None) as processes:
+        processes._of[PLAIN].kill()
+        with pytest.raises(subprocess.CalledProcessError):
+            processes.lap(PLAIN)
+
+
+def test_a_wrong_gradient_gets_no_time() -> None:
+    wrong = densenet.accepted({PLAIN: [1.0], SHARED: [0.5]}, {PLAIN: 0.0, SHARED: 0.03}, SMALL)
+    assert wrong == {PLAIN: {"off": 0.0, "laps_s": [1.0]}, SHARED: {"off": 0.03, "laps_s": []}}
     sizes = {"saved_bytes": 3e6, "held_bytes": 2e6, "peak_bytes": 4e6}
-    shown = made_up(SMALL.network, 4, False, **{name: entry | sizes for name, entry in wrong.items()})
+    shown = made_up(SMALL.network, 4, False, **{name: each | sizes for name, each in wrong.items()})
     assert "no time" in densenet_figures.table(shown).splitlines()[-1]
 
 
@@ -149,7 +163,7 @@ def test_memory_of_densenet_bc_100_12():
     case = densenet.Case("densenet-bc-100-12", 8)
     held = {}
     for memory in ("plain", "checkpoint", "shared"):
-        entry = densenet._fresh("memory", case, "cpu", 1, (memory,))
+        entry = densenet.memory_apart(memory, case, "cpu")
         held[memory] = entry["held_bytes"]
         assert entry["peak_bytes"] >= entry["held_bytes"]
     assert held["shared"] <= held["plain"] / 4

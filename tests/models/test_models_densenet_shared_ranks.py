@@ -9,6 +9,8 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ban_fast import models
+from ban_fast.backends import dense_statistics
+from ban_fast.ops.dense_block import Norm, dense_block
 
 RANKS, STEPS, IMAGES = 2, 3, 8
 EVEN, UNEVEN, ALONE = (0, 4, 8), (0, 5, 8), (0, 8, 8)
@@ -101,6 +103,36 @@ def test_statistics_of_all_ranks(job, tmp_path):
             for a, b in zip(expected[kind], rank["shared"][kind], strict=True):
                 torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ranks[0]["eval"], network.eval()(images(9)), rtol=1e-10, atol=1e-10)
+
+
+def test_a_channel_s_statistics_are_communicated_once(monkeypatch):
+    """Where it is produced, and not for every norm that reads it: 8 channels enter, each unit makes 16 and then 4."""
+    gathered, reduced = [], []
+
+    class Alone:
+        def size(self) -> int:
+            return 1
+
+    def all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Alone) -> None:
+        gathered.append(own.numel())
+        parts[0].copy_(own)
+
+    monkeypatch.setattr(dense_statistics, "_ranks", lambda name: Alone())
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda total, group: reduced.append(total.numel()))
+    block = make("plain").blocks[0]
+    parts = [part for unit in block for part in (unit.reduce, unit.grow)]
+    norms = [Norm(part.norm.weight, part.norm.bias, None, None, part.norm.eps) for part in parts]
+    norms.append(Norm(*torch.ones(2, 20, dtype=torch.float64), None, None, 1e-5))
+    gradients = []
+    for group in ("all", ""):
+        x = images(0)[:, :1].expand(-1, 8, -1, -1).clone().requires_grad_()
+        y, _ = dense_block(x, [part.conv.weight for part in parts], norms, group=group)
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    assert gathered == [1 + 2 * channels for channels in (8, 16, 4, 16, 4, 16, 4)]  # a count, means and variances
+    assert reduced == [2 * channels for channels in (4, 16, 4, 16, 4, 16, 8)]
 
 
 def test_norms_that_share_and_norms_that_do_not_are_refused(tmp_path):

@@ -68,6 +68,27 @@ def test_compiled(backend, mode, tmp_path, monkeypatch):
         torch.testing.assert_close(q, p, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_compiled_and_used_twice(context):
+    """In one backward, or without gradients; statistics move twice."""
+    torch._dynamo.reset()
+    eager, network = make(), make()
+    results = []
+    for forward in (eager, torch.compile(network, backend="aot_eager", fullgraph=True)):
+        with context():
+            logits = forward(images()) + 2 * forward(3 * images() + 1)
+        if logits.requires_grad:
+            logits.square().sum().backward()
+        results.append(logits.detach())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+    for p, q in zip(eager.parameters(), network.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None) == (context is torch.no_grad)
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9)
+    for p, q in zip(eager.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-10, atol=1e-10)
+
+
 def test_compiled_under_autocast():
     """bf16 inside the graph as outside of it: the same roundings, but for one of sums in another order."""
     torch._dynamo.reset()

@@ -8,12 +8,25 @@ from pathlib import Path
 import pytest
 
 CONTRACT = Path(__file__).parent / "contract"
+LOSSES = Path(__file__).parents[2] / "losses"
 
 
 @pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_contract_holds_in_the_interpreter(marker: str) -> None:
+    interpreted("-m", marker, str(CONTRACT))
+
+
+@pytest.mark.parametrize(
+    "name", ["checks", *(pytest.param(n, marks=pytest.mark.slow) for n in ("autograd", "transforms"))]
+)
+def test_the_public_losses_in_the_interpreter(name: str) -> None:
+    interpreted(str(LOSSES / f"test_losses_{name}.py"))
+
+
+def interpreted(*arguments: str) -> None:
+    """Tests, in a process whose Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, str(CONTRACT)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(run.stdout[-2000:])
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -115,18 +115,18 @@ class CachedTeacher(Frozen):
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Compute what is not known of them. On a GPU this waits for it, once in all these batches."""
         assert all(len(batch.images) <= self._batch_size for batch in batches)
-        keys = [self.keys(batch.sample_ids, batch.views) for batch in batches]
-        missing = [self.unknown(key) for key in keys]
-        wanted = torch.cat([key[absent] for key, absent in zip(keys, missing, strict=True)])
-        computed = self._computed(batches, missing, wanted) if len(wanted) else iter(())
+        keys = torch.cat([self.keys(batch.sample_ids, batch.views) for batch in batches])
+        places = self.unknown(keys).nonzero()[:, 0]
+        computed = self._computed(batches, places, keys[places]) if len(places) else iter(())
         if self._ranks.is_alone:
             for some in computed:
                 self._append(some, self._batch_size)
         else:
             self._exchange(list(computed))
 
-    def _computed(self, batches: Sequence[Batch], missing: list[Tensor], wanted: Tensor) -> Iterator[Computed]:
-        images = torch.cat([batch.images[absent] for batch, absent in zip(batches, missing, strict=True)])
+    def _computed(self, batches: Sequence[Batch], places: Tensor, wanted: Tensor) -> Iterator[Computed]:
+        """Of the images at `places` [n], counted through the batches, whose keys are `wanted` [n]."""
+        images = torch.cat([batch.images for batch in batches]).index_select(0, places)
         for start in range(0, len(wanted), self._batch_size):
             part = slice(start, start + self._batch_size)
             # Strides as a batch has them: of a single channel they tell kernels which layout to work in.

@@ -32,7 +32,7 @@ def answering(
     """A finished network in eval mode itself, or folded, as `config.teacher.fold` says; it is not changed.
 
     "auto" folds on a GPU, where each batch norm and the ReLU after it are two passes over memory, and folded one. On a
-    CPU a teacher's forward pass took 1.02 to 1.07 times as long without: too little to be worth other bits. `images`
+    CPU a teacher's forward pass took 0.99 to 1.1 times as long without: too little to be worth other bits. `images`
     makes a batch, to see that both say the same; None where that can't be: of a text, or from a user's DataLoader.
     OptionError where folding was asked for, and can't be.
     """

@@ -23,6 +23,7 @@ from small_runs import (
     samples,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ban_fast.config import Config, ModelConfig, ObjectiveConfig, TeacherConfig
 from ban_fast.data import Batch
@@ -201,6 +202,43 @@ def test_a_logit_beyond_fp16_is_one_line() -> None:
     with pytest.raises(UserError, match=r"a logit of .*, which fp16 can't hold: use --cache-dtype bf16 or fp32"):
         teacher.prepare([batch])
     assert rows.count == 0
+
+
+class Waits(TorchDispatchMode):
+    """Operations that a GPU would be waited for: numbers for the host, and results as large as the data say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__.partition(".")[0]
+        by_mask = name.startswith("index") and any(
+            isinstance(each, Tensor) and each.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, list)
+            for each in arg
+        )
+        if by_mask or name in ("nonzero", "masked_select", "_local_scalar_dense", "equal"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_many_batches_are_one_wait() -> None:
+    """For how many rows are missing; none at all where it answers."""
+    _, cached, batch = pair(rows=MemoryRows(CLASSES, torch.float32, CPU))
+    others = [batch._replace(sample_ids=batch.sample_ids + shift) for shift in range(3)]
+    with Waits() as waits:
+        cached.prepare(others)
+    assert waits.seen == ["nonzero"]
+    with Waits() as waits:
+        for each in others:
+            cached(each)
+    assert waits.seen == []
+    assert cached.known == 3 * BATCH
+    with Waits() as waits:
+        assert batch.images[batch.labels > 0].numel()
+    assert waits.seen == ["index"]  # one would be seen
 
 
 # What is saved

@@ -65,8 +65,6 @@ def _problem(config: Config, device: torch.device, loader: Loader, together: boo
     """Why a step can't be recorded, if so."""
     if device.type != "cuda":
         return "a CUDA graph needs a GPU, and this run is on the CPU"
-    if config.amp == "fp16":
-        return "fp16's loss scale, which may skip a step, is not recorded; bf16 needs none"
     if together:
         return "students side by side draw from generators of their own, and a CUDA graph has one"
     if not isinstance(loader, (MemoryLoader, TensorLoader)):

@@ -146,6 +146,7 @@ SETTINGS: dict[str, Callable[[], tuple[Config, dict[str, Any]]]] = {
         digits("cwtm", epochs=12, teacher=TeacherConfig(mode="cache", cache_dtype="bf16")),
         {},
     ),
+    "fp16, whose scaler skips steps": lambda: (config("ban", epochs=EPOCHS, amp="fp16"), own()),
     "a last epoch cut short": lambda: (config("ban", epochs=EPOCHS, max_steps=4 * EPOCHS - 1), own()),
 }
 

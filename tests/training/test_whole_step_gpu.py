@@ -40,6 +40,8 @@ def but_for_steps(path: Path) -> dict[str, Any]:
     [
         *((objective, mode, "off") for objective in ("ban", "ban+l", "cwtm", "dkpp") for mode in ("live", "cache")),
         ("ban", "live", "bf16"),
+        ("ban", "live", "fp16"),
+        ("ban+l", "cache", "fp16"),
         ("dkpp", "cache", "bf16"),
     ],
 )
@@ -171,9 +173,3 @@ def test_a_network_that_can_not_be_recorded(tmp_path: Path) -> None:
     assert any("can't be recorded" in text for text in observer.messages)
     with pytest.raises(OptionError, match="step: a step can't be recorded as a CUDA graph"):
         run(config(device="cuda", generations=0, step="graph"), **own(model=Waits))
-
-
-def test_fp16_is_refused() -> None:
-    with pytest.raises(OptionError, match="step: fp16's loss scale"):
-        run(config(device="cuda", amp="fp16", step="graph"), **own())
-    assert run(config(device="cuda", amp="fp16", generations=0), **own()).generations[0]["step"]["mode"] == "eager"

@@ -33,7 +33,7 @@ NETWORKS = ("densenet-bc-100-12", "densenet-112-33", "densenet-90-60", "densenet
 PROVIDERS = (PLAIN, CHANNELS_LAST, "compile", CHECKPOINT, SHARED, "torchvision memory_efficient")
 ON_GPUS = ("compile max-autotune", *(provider + GRAPHED for provider in (CHANNELS_LAST, SHARED)))
 """A GPU's beside these: what a training loop reaches that leaves no work to the host. No GPU has run them yet."""
-ROUNDS = 7
+WARM_UP, ROUNDS = 3, 7
 # Off plain's gradient of all parameters, in the 2-norm: fp32 rounded otherwise through a hundred layers, whose ReLUs
 # flip (7.6e-3 between plain and itself in channels_last), or bf16's 8 bits.
 LIMITS = {False: 2e-2, True: 0.3}
@@ -193,18 +193,32 @@ def off(step: Step, truth: Step) -> float:
     return float((gradient - expected).norm() / expected.norm())
 
 
-def serve(providers: Sequence[str], case: Case, device: str) -> None:
-    """A step of each provider that standard input names, a line each, answered by its seconds; then what all are off.
+class ProviderFailed(Exception):
+    """Says why."""
 
-    Whatever else is printed goes to standard error.
+
+def serve(providers: Sequence[str], case: Case, device: str) -> None:
+    """A step of each provider that standard input names, a line each, answered by its seconds or by why there are none;
+    at the end how far off all are. Whatever else is printed goes to standard error.
     """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    steps = {provider: Step(provider, case, device) for provider in providers}
+    steps: dict[str, Step] = {}
     for line in sys.stdin:
-        print(steps[line.strip()].lap(), file=replies, flush=True)
-    truth = steps[PLAIN] if PLAIN in steps else Step(PLAIN, case, device)
-    print(json.dumps({provider: off(step, truth) for provider, step in steps.items()}), file=replies, flush=True)
+        provider = line.strip()
+        try:
+            if provider not in steps:
+                steps[provider] = Step(provider, case, device)
+            reply: Entry = {"seconds": steps[provider].lap()}
+        except Exception as error:
+            steps.pop(provider, None)
+            reply = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        print(json.dumps(reply), file=replies, flush=True)
+    found: dict[str, float] = {}
+    if steps:
+        truth = steps[PLAIN] if PLAIN in steps else Step(PLAIN, case, device)
+        found = {provider: off(step, truth) for provider, step in steps.items()}
+    print(json.dumps(found), file=replies, flush=True)
 
 
 class Processes:
@@ -236,28 +250,32 @@ class Processes:
                 pass
 
     def lap(self, provider: str) -> float:
-        """Seconds of a step."""
+        """Seconds of a step. ProviderFailed where it has none, as from then on."""
         process = self._of[provider]
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # that it ended is found where its answer is read
             process.stdin.write(f"{provider}\n")
             process.stdin.flush()
-        return float(self._answer(process))
+        reply = self._answer(process)
+        if "failed" in reply:
+            raise ProviderFailed(reply["failed"])
+        return float(reply["seconds"])
 
     def off(self) -> dict[str, float]:
-        """Of every provider; no lap comes after it."""
+        """Of every provider that has not failed; no lap comes after it."""
         found: dict[str, float] = {}
         for process in dict.fromkeys(self._of.values()):
             assert process.stdin is not None
             process.stdin.close()
-            found |= json.loads(self._answer(process))
+            found |= self._answer(process)
         return found
 
-    def _answer(self, process: "subprocess.Popen[str]") -> str:
+    def _answer(self, process: "subprocess.Popen[str]") -> Entry:
         assert process.stdout is not None
         line = process.stdout.readline()
         if line:
-            return line
+            reply: Entry = json.loads(line)
+            return reply
         status = process.wait()
         if self._late:
             raise subprocess.TimeoutExpired(process.args, 0)
@@ -272,24 +290,27 @@ class Processes:
 def times(
     providers: Sequence[str], case: Case, device: str, rounds: int, ends: float | None = None
 ) -> dict[str, Entry]:
-    """Laps of all providers, in turns after three to warm up; a provider whose gradient is off has none."""
+    """Laps of all providers, in turns after three to warm up; one that fails, or whose gradient is off, has none."""
     laps: dict[str, list[float]] = {provider: [] for provider in providers}
+    failures: dict[str, str] = {}
     with Processes(providers, case, device, ends) as processes:
-        for _ in range(3):
+        for _ in range(WARM_UP + rounds):
             for provider in providers:
-                processes.lap(provider)
-        for _ in range(rounds):
-            for provider in providers:
-                laps[provider].append(processes.lap(provider))
-        return accepted(laps, processes.off(), case)
-
-
-def accepted(laps: dict[str, list[float]], offs: dict[str, float], case: Case) -> dict[str, Entry]:
-    """The laps of those whose gradient is right."""
+                if provider not in failures:
+                    try:
+                        laps[provider].append(processes.lap(provider))
+                    except ProviderFailed as failure:
+                        failures[provider] = str(failure)
+        offs = processes.off()
     return {
-        provider: {"off": offs[provider], "laps_s": each if offs[provider] <= LIMITS[case.amp] else []}
+        provider: _entry(each[WARM_UP:], offs.get(provider), failures.get(provider), case)
         for provider, each in laps.items()
     }
+
+
+def _entry(laps: list[float], off: float | None, failed: str | None, case: Case) -> Entry:
+    right = failed is None and off is not None and off <= LIMITS[case.amp]
+    return {"off": off, "failed": failed, "laps_s": laps if right else []}
 
 
 def measure(
@@ -308,7 +329,8 @@ def measure(
     chosen = usual(device) if providers is None else providers
     entries = times(chosen, case, device, rounds, ends)
     for provider in chosen:
-        entries[provider] |= memory_apart(provider.removesuffix(GRAPHED), case, device, ends)
+        if entries[provider]["failed"] is None:
+            entries[provider] |= memory_apart(provider.removesuffix(GRAPHED), case, device, ends)
     return {"case": asdict(case), "providers": entries}
 
 

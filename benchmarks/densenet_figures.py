@@ -57,7 +57,7 @@ def table(record: Record) -> str:
     head = ["", "ms (p20 to p80)", "images/s", "of plain's time", "saved MB", "held MB", "peak MB", "gradient off"]
     lines = [f"{case.title}\n", " | ".join(["", *head, ""]).strip(), "|---|" + "---:|" * (len(head) - 1)]
     for name, entry in record["providers"].items():
-        clock = ["no time", "", ""]
+        clock = [entry["failed"] or "no time", "", ""]
         if entry["laps_s"]:
             low, median, high = quantiles(entry["laps_s"])
             clock = [
@@ -65,8 +65,9 @@ def table(record: Record) -> str:
                 f"{case.batch / median:.0f}",
                 f"{over(record, name, PLAIN):.2f}",
             ]
-        sizes = [f"{entry[size] / 1e6:.0f}" for size in SIZES]
-        lines.append("| " + " | ".join([name, *clock, *sizes, f"{entry['off']:.0e}"]) + " |")
+        sizes = [f"{entry[size] / 1e6:.0f}" if size in entry else "" for size in SIZES]
+        off = "" if entry["off"] is None else f"{entry['off']:.0e}"
+        lines.append("| " + " | ".join([name, *clock, *sizes, off]) + " |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ def test_training_step(benchmark: Any, pytestconfig: pytest.Config, case: densen
     if case != CASES[0] and not pytestconfig.getoption("--full"):
         pytest.skip("left out, but for --full")
     entry = measure(case, run.device(), providers=densenet.PROVIDERS)["providers"][provider]
+    assert entry["failed"] is None, entry["failed"]
     assert entry["off"] <= densenet.LIMITS[case.amp]
     benchmark.group = case.title
     benchmark.extra_info.update({key: value for key, value in entry.items() if key != "laps_s"})

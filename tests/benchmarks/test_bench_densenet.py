@@ -18,7 +18,14 @@ SMALL = densenet.Case("densenet-bc-16-4", 4)
 
 
 def entry(laps: list[float], held: float, saved: float = 1.0) -> Record:
-    return {"off": 1e-3, "laps_s": laps, "held_bytes": held, "saved_bytes": saved, "peak_bytes": 2 * held}
+    return {
+        "off": 1e-3,
+        "failed": None,
+        "laps_s": laps,
+        "held_bytes": held,
+        "saved_bytes": saved,
+        "peak_bytes": 2 * held,
+    }
 
 
 def made_up(network: str, batch: int, amp: bool, **providers: Record) -> Record:
@@ -46,26 +53,33 @@ def test_all_have_the_same_gradient(provider: str) -> None:
     assert densenet.off(densenet.Step(provider, SMALL, "cpu"), plain) <= densenet.LIMITS[False]
 
 
-def test_processes_take_turns() -> None:
-    entries = densenet.times((PLAIN, SHARED), SMALL, "cpu", rounds=2)
-    assert {provider: len(entry["laps_s"]) for provider, entry in entries.items()} == {PLAIN: 2, SHARED: 2}
-    assert entries[PLAIN]["off"] == 0
-    assert 0 < entries[SHARED]["off"] <= densenet.LIMITS[False]
+def test_processes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who fails, or has another gradient, has no time."""
+    entries = densenet.times((PLAIN, SHARED, "compile no such mode"), SMALL, "cpu", rounds=2)
+    assert [len(each["laps_s"]) for each in entries.values()] == [2, 2, 0]
+    assert [each["off"] for each in entries.values()] == [0, pytest.approx(0, abs=densenet.LIMITS[False]), None]
+    assert "no such mode" in entries["compile no such mode"]["failed"]
+    assert (entries[PLAIN]["failed"], entries[SHARED]["failed"]) == (None, None)
+    assert densenet._entry([0.5], 0.03, None, SMALL) == {"off": 0.03, "failed": None, "laps_s": []}
 
 
 def test_a_process_that_ends_is_an_error() -> None:
-    with densenet.Processes(["unknown", PLAIN], SMALL, "cpu", None) as processes:
+    with densenet.Processes([PLAIN], SMALL, "cpu", None) as processes:
         processes._of[PLAIN].kill()
         with pytest.raises(subprocess.CalledProcessError):
             processes.lap(PLAIN)
 
 
-def test_a_wrong_gradient_gets_no_time() -> None:
-    wrong = densenet.accepted({PLAIN: [1.0], SHARED: [0.5]}, {PLAIN: 0.0, SHARED: 0.03}, SMALL)
-    assert wrong == {PLAIN: {"off": 0.0, "laps_s": [1.0]}, SHARED: {"off": 0.03, "laps_s": []}}
-    sizes = {"saved_bytes": 3e6, "held_bytes": 2e6, "peak_bytes": 4e6}
-    shown = made_up(SMALL.network, 4, False, **{name: each | sizes for name, each in wrong.items()})
-    assert "no time" in densenet_figures.table(shown).splitlines()[-1]
+def test_who_has_no_time_is_in_the_table() -> None:
+    failed = {"off": None, "failed": "OutOfMemoryError: CUDA out of memory", "laps_s": []}
+    wrong = entry([], 2e6, 3e6) | {"off": 0.03}
+    text = densenet_figures.table(
+        made_up(SMALL.network, 4, False, plain=entry([1.0], 2e6), shared=wrong, compile=failed)
+    )
+    assert text.splitlines()[-2:] == [
+        "| shared | no time |  |  | 3 | 2 | 4 | 3e-02 |",
+        "| compile | OutOfMemoryError: CUDA out of memory |  |  |  |  |  |  |",
+    ]
 
 
 def test_saved_bytes_are_ordered():

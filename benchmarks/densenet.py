@@ -35,8 +35,8 @@ ON_GPUS = ("compile max-autotune", *(provider + GRAPHED for provider in (CHANNEL
 """A GPU's beside these: what a training loop reaches that leaves no work to the host. No GPU has run them yet."""
 WARM_UP, ROUNDS = 3, 7
 # Off plain's gradient of all parameters, in the 2-norm: fp32 rounded otherwise through a hundred layers, whose ReLUs
-# flip (7.6e-3 between plain and itself in channels_last), or bf16's 8 bits.
-LIMITS = {False: 2e-2, True: 0.3}
+# flip (7.6e-3 between plain and itself in channels_last), or bf16's 8 bits (0.29 between those two, 0.37 to fp32).
+LIMITS = {False: 2e-2, True: 0.4}
 Entry = dict[str, Any]
 
 

@@ -37,7 +37,7 @@ def evaluate(
     has_rows = student_logits.dim() == 2
     student = student_logits if has_rows else flat(student_logits)
     need_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    _refuse_forward_mode(student_logits)
+    refuse_forward_mode(student_logits)
     if is_traced(student_logits, inputs):
         dispatch.check_name(backend)
         loss, kd, label = _evaluate_traced(name, student, inputs, need_grad, backend, options)
@@ -147,7 +147,8 @@ def explain(error: RuntimeError, inputs: Iterable[object]) -> None:
         ) from error
 
 
-def _refuse_forward_mode(logits: Tensor) -> None:
+def refuse_forward_mode(logits: Tensor) -> None:
+    """RuntimeError for what a loss would be differentiated by in forward mode."""
     if forward_ad._current_level < 0:  # as everywhere but in forward mode; asking the tensor would cost 0.3 us
         return
     if forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]

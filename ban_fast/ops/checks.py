@@ -69,7 +69,7 @@ def check_logits(name: str, logits: Tensor) -> None:
     """[..., C] in one of the four dtypes, C >= 1."""
     if not isinstance(logits, Tensor):
         raise ValueError(f"{name}: a {type(logits).__name__} was given, not a tensor")
-    _check_layout(name, logits)
+    check_layout(name, logits)
     if logits.dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {logits.dtype} is not float32, float16, bfloat16 or float64")
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -162,7 +162,7 @@ def check_confidence(confidence: Tensor, student: Tensor, teacher_rows: Tensor |
     """fp32: [M] where `teacher_rows` selects from it, else one for each of the student's rows."""
     if not isinstance(confidence, Tensor) or confidence.dtype != torch.float32:
         raise ValueError(f"confidence: {_kind(confidence)} was given; a float32 tensor is needed")
-    _check_layout("confidence", confidence)
+    check_layout("confidence", confidence)
     _check_device("confidence", confidence, student)
     if teacher_rows is None:
         if confidence.shape != student.shape[:-1]:
@@ -188,10 +188,10 @@ def check_normalizer(normalizer: Tensor, student: Tensor) -> None:
 def _check_int64(name: str, indices: Tensor) -> None:
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         raise ValueError(f"{name}: {_kind(indices)} was given; an int64 tensor is needed")
-    _check_layout(name, indices)
+    check_layout(name, indices)
 
 
-def _check_layout(name: str, tensor: Tensor) -> None:
+def check_layout(name: str, tensor: Tensor) -> None:
     """Sparse, MKL-DNN's and nested tensors have no strides."""
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ban_fast.backends.interface import Reduction
 from ban_fast.ops import checks
-from ban_fast.ops.autograd import Result, flat, flat_rows, in_memory, is_traced, refuse_create_graph
+from ban_fast.ops.autograd import (
+    Result,
+    flat,
+    flat_rows,
+    in_memory,
+    is_traced,
+    refuse_create_graph,
+    refuse_forward_mode,
+)
 from ban_fast.ops.linear_kd_checks import check_label_range, check_labels, check_layer, check_teacher
 from ban_fast.ops.linear_kd_chunks import Layer, Need, Task, layer, run
 
@@ -210,6 +218,9 @@ def _evaluate(inputs: Inputs, reduction: Reduction, **options: Any) -> tuple[Ten
     """Loss with the graph behind it, and its terms."""
     hidden, weight, bias, *others = inputs
     students = hidden, weight, bias
+    for student in students:
+        if student is not None:
+            refuse_forward_mode(student)
     need = Need(*(t is not None and t.requires_grad and torch.is_grad_enabled() for t in students))
     if reduction == "none":
         packed = _call(inputs, None, Need(False, False, False), reduction=reduction, **options)
@@ -219,7 +230,7 @@ def _evaluate(inputs: Inputs, reduction: Reduction, **options: Any) -> tuple[Ten
         return loss, packed[1], packed[2]
     packed = _call(inputs, None, need, reduction=reduction, **options)
     loss = packed[0]
-    if any(need) and is_traced(hidden):
+    if any(need) and is_traced(hidden, inputs[1:]):
         loss = _Traced.apply(*students, loss, *packed[3:])
     elif any(need):
         loss = _Stored.apply(*students, packed)
@@ -299,6 +310,7 @@ def fused_linear_kd(  # type: ignore[misc]  # the first overload passes its opti
     chunks a second time. Raises ValueError that names the argument and the value received.
     """
     checks.check_kd_options(temperature, kd_weight, label_weight, "kl", scale_t2, ignore_index, reduction)
+    checks.check_flag("return_terms", return_terms)
     if chunk_bytes is not None and (type(chunk_bytes) is not int or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes: {chunk_bytes!r} is not a whole number from 1 up, nor None")
     check_layer("student", student_hidden, student_weight, student_bias)

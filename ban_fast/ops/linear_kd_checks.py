@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ban_fast.ops.checks import DTYPES
+from ban_fast.ops.checks import DTYPES, check_layout
 
 
 def check_layer(whose: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -28,6 +28,7 @@ def check_floats(name: str, tensor: Tensor, beside: str, other: Tensor) -> None:
     """A tensor of one of the four dtypes, on the device of `other`."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: a {type(tensor).__name__} was given, not a tensor")
+    check_layout(name, tensor)
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {tensor.dtype} is not float32, float16, bfloat16 or float64")
     if tensor.device != other.device:
@@ -43,6 +44,7 @@ def check_labels(labels: Tensor | None, hidden: Tensor, label_weight: float) -> 
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         kind = f"a {labels.dtype} tensor" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise ValueError(f"labels: {kind} was given; an int64 tensor is needed")
+    check_layout("labels", labels)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels: shape {list(labels.shape)} is not {list(hidden.shape[:-1])}, "

@@ -37,14 +37,13 @@ def make_task(
 
 
 def _is_text(config: Config) -> bool:
-    """By what the data's folder holds; where there is none, by what the network reads, so that it is missed as such."""
+    """By what the folder holds; where that is nothing, by what the network reads, so that it is missed as such."""
     name, directory = config.data.name, config.data.directory
     if data.is_text(name, directory):
         return True
-    is_there = name in data.names() or any(
-        (place / name).expanduser().is_dir() for place in (Path(), Path(directory or ""))
-    )
-    return not is_there and config.model.name != CUSTOM and models.reads(config.model.name) == "tokens"
+    folders = ((place / name).expanduser() for place in (Path(), Path(directory or "")))
+    has_images = name in data.names() or any(any(each.is_dir() for each in folder.glob("*")) for folder in folders)
+    return not has_images and config.model.name != CUSTOM and models.reads(config.model.name) == "tokens"
 
 
 def network_factory(config: ModelConfig, shape: dict[str, Any]) -> ModelFactory:

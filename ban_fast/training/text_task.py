@@ -25,12 +25,12 @@ Letters = tuple[Tensor, int]
 
 def text_task(config: Config, device: torch.device, model: ModelFactory | None, ranks: Ranks = ALONE) -> Task:
     """Read the text, build the network once to see that it fits, and change nothing on disk."""
-    _refuse_what_is_for_images(config)
+    level: Level = "character" if config.text.level == "character" else "word"
+    corpus = data.load_corpus(config.data.name, directory=config.data.directory, level=level)
+    _refuse_what_is_for_images(config)  # now that the text is there: a name mistyped begins with an images' recipe
     _check_shards(config, ranks)
     if config.amp == "fp16" and device.type == "cpu":
         raise OptionError("amp", "on the CPU there are no recurrent networks in fp16; use bf16 or off")
-    level: Level = "character" if config.text.level == "character" else "word"
-    corpus = data.load_corpus(config.data.name, directory=config.data.directory, level=level)
     train = TextLoader(
         corpus.train, batch_size=config.batch_size, length=config.text.window, device=device, shard=ranks.shard
     )

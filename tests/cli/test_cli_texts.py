@@ -126,6 +126,19 @@ def test_splits_that_are_none(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["none", "file", "empty"])
+def test_a_text_that_is_not_there_is_missed_as_one(call: Call, tmp_path: Path, kind: str) -> None:
+    """Not as images, with the options of a recipe that nobody named."""
+    if kind == "file":
+        (tmp_path / "mytext").write_text("a b c\n")
+    elif kind == "empty":
+        (tmp_path / "mytext").mkdir()
+    lacks = "mytext lacks train.txt, valid.txt, test.txt" if kind == "empty" else "no directory mytext; name 'ptb'"
+    said = call("train", "--data", "mytext", *SMALL, "--out", "run")
+    said.mistake(lacks, "a folder with train.txt, valid.txt and test.txt")
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_vocabulary_is_one_line(call: Call, text: Path) -> None:
     assert call("train", "--data", "mytext", *SMALL, "--generations", "0", "--out", "run").status == 0
     (text / "train.txt").write_text((text / "train.txt").read_text() + "new\n")

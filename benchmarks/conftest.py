@@ -16,6 +16,8 @@ RUN = pytest.StashKey[Run]()
 GIVEN_UP = pytest.StashKey[list[str]]()
 """Tests that the run's time was over for, other than the harness's own."""
 TIME_OVER = "left out: the run's time was over"
+ORDER = ("test_losses.py", "test_loaders.py", "test_step.py", "test_densenet.py")
+"""What decides first: a run's time may be over before the last."""
 GRACE = 5.0  # seconds in which the harness gives up by itself, and says more
 
 
@@ -41,6 +43,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for provider in providers(case.objective, case.dtype, run.device, autotune=run.autotuned(case))
         ]
         metafunc.parametrize(("case", "setting", "provider"), found)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.name) if item.path.name in ORDER else len(ORDER))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -380,6 +380,15 @@ def test_a_session_ends_in_time_whatever_is_in_it(tmp_path: Path) -> None:
     assert "test_quick: for want" not in done.stdout
 
 
+def test_losses_have_the_first_turn() -> None:
+    """Whatever comes last may find the run's time over."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "benchmarks"]
+    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, timeout=120)
+    files = [line.split("::")[0] for line in done.stdout.splitlines() if "::" in line]
+    names = ("losses", "loaders", "step", "densenet")
+    assert list(dict.fromkeys(files)) == [f"benchmarks/test_{name}.py" for name in names], done.stderr
+
+
 def test_the_processes_of_a_usual_run_stay_within_12_gb() -> None:
     """Two of them, of 6 GB each; --full may take more."""
     with runs.Run("cpu", full=False, minutes=runs.MINUTES) as usual, runs.Run("cpu", full=True, minutes=None) as full:

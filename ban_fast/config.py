@@ -200,8 +200,9 @@ class Config:
     step: str = "auto"
     """How a step is made. "eager": operation by operation. "compile": forward, loss and backward of a step, and the
     teacher's forward, through torch.compile. "graph": all of a step, from the gather of its images to the update of
-    the weights, recorded once as a CUDA graph and replayed; the bits are eager's. "auto": graph on a GPU where all of
-    a step can be recorded, else eager. results.json says which it was, and why."""
+    the weights, recorded once as a CUDA graph and replayed, several steps at once where that is found to be faster; the
+    bits are eager's. "auto": graph on a GPU where all of a step can be recorded, else eager. results.json says which it
+    was, and why."""
     compile: bool = False
     """The same as step "compile"."""
     evaluate_every: int = 1

@@ -19,7 +19,8 @@ class StepChoice(NamedTuple):
     """"eager", "compile" or "graph"."""
     reason: str
     a_replay: int | None = None
-    """Steps in a replay of a CUDA graph, where the quickest number of them was measured; before that it is one."""
+    """Steps in a replay of a CUDA graph, where the quickest number of them was measured; before that, and where epochs
+    are too short to measure it, one."""
 
     def sentence(self, config: Config, device: torch.device) -> str | None:
         """What to say of it: where there was a choice, or it is not what was asked for."""

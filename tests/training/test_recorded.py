@@ -178,8 +178,11 @@ def but_for_steps(path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("best", [1, 2, 4])
-@pytest.mark.parametrize("name", SETTINGS)
+QUICK = [*((name, 4) for name in SETTINGS), ("DKPP, cached", 2)]
+REST = [(name, best) for name in SETTINGS for best in (1, 2) if (name, best) not in QUICK]
+
+
+@pytest.mark.parametrize(("name", "best"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in REST)])
 def test_the_run_is_the_same_for_any_number_of_steps_a_replay(
     tmp_path: Path, graphs: Callable[[int], Emulated], name: str, best: int
 ) -> None:
@@ -196,7 +199,7 @@ def test_the_run_is_the_same_for_any_number_of_steps_a_replay(
     assert [text for text in observer.messages if text.startswith(f"steps: {best} a replay, 0.5 ms each")]
 
 
-@pytest.mark.parametrize("question", [7, 21, 25, *(pytest.param(q, marks=pytest.mark.slow) for q in range(26, 48))])
+@pytest.mark.parametrize("question", [21, 25, *(pytest.param(q, marks=pytest.mark.slow) for q in range(26, 48, 2))])
 def test_an_interrupted_run_goes_on(tmp_path: Path, graphs: Callable[[int], Emulated], question: int) -> None:
     """A stop is honoured after the replay that is under way, with what it made saved."""
     settings, arguments = SETTINGS["DKPP, cached"]()

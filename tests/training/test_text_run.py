@@ -16,7 +16,7 @@ from ban_fast.config import ModelConfig, OptimizerConfig, TextConfig
 from ban_fast.data import StreamLoader, load_corpus
 from ban_fast.evaluation import RunDirectory
 from ban_fast.models import WordLSTM
-from ban_fast.training import evaluate_run, run, run_together
+from ban_fast.training import evaluate_run, run, run_together, text_task
 from ban_fast.training.seeds import derived_seed, generation_seed
 
 
@@ -163,7 +163,13 @@ def test_windows_of_evaluation_do_not_show(window: int, finished: Path, monkeypa
     for anew, record in zip(evaluate_run(finished, device="cpu")["generations"], stored["generations"], strict=True):
         for split in ("test", "valid"):
             # fp32 sums in another order
-            assert anew[split]["nll"] == pytest.approx(record[split]["nll"], rel=1e-5)
+            assert anew[split]["nll"] == pytest.approx(record[split]["nll"], rel=1e-6)
+
+
+def test_windows_of_evaluation_are_as_long_as_their_logits_allow() -> None:
+    """Not longer than pays, 128 MiB of fp32 logits at most, and not single places whatever the vocabulary."""
+    lengths = [text_task._evaluation_window(words) for words in (2, 10_000, 16_384, 100_000, 10_000_000)]
+    assert lengths == [2048, 2048, 2048, 335, 64]
 
 
 def test_a_vote_is_the_mean_of_distributions(finished: Path, text: Path) -> None:

@@ -13,6 +13,8 @@ REDUCTIONS = ("mean", "sum", "none")
 WEIGHTS_BY = ("teacher_max", "teacher_label")
 COLDEST, HOTTEST = 1e-18, 1e18
 """Temperatures whose square and its inverse fp32 holds as normal numbers."""
+MOST_CLASSES = 1 << 30
+"""Kernels for GPUs count classes, and the lanes of a block beyond the last, in 32 bits."""
 _INT64_END = 1 << 63
 
 
@@ -66,7 +68,7 @@ def check_kd_options(
 
 
 def check_logits(name: str, logits: Tensor) -> None:
-    """[..., C] in one of the four dtypes, C >= 1."""
+    """[..., C] in one of the four dtypes, C from 1 to MOST_CLASSES."""
     if not isinstance(logits, Tensor):
         raise ValueError(f"{name}: a {type(logits).__name__} was given, not a tensor")
     check_layout(name, logits)
@@ -74,6 +76,8 @@ def check_logits(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name}: dtype {logits.dtype} is not float32, float16, bfloat16 or float64")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name}: shape {list(logits.shape)} has no classes; [..., C] is needed")
+    if logits.shape[-1] > MOST_CLASSES:
+        raise ValueError(f"{name}: shape {list(logits.shape)} has more than {MOST_CLASSES} classes")
 
 
 def check_teacher(student: Tensor, teacher: Tensor, teacher_rows: Tensor | None) -> None:

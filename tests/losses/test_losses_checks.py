@@ -50,6 +50,10 @@ KD_CALLS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"teacher_logits": Z.to_mkldnn()}, "teacher_logits: a tensor of layout torch._mkldnn "),
     ({"student_logits": torch.zeros(4, 0), "teacher_logits": torch.zeros(4, 0)}, r"student_logits: shape \[4, 0\] "),
+    (
+        {"student_logits": torch.zeros(1).expand(4, 2**30 + 1)},
+        r"student_logits: shape \[4, 1073741825\] has more than 1073741824 classes",
+    ),
     ({"teacher_logits": torch.zeros(4, 5, dtype=torch.complex64)}, "teacher_logits: dtype torch.complex64 "),
     ({"teacher_logits": None}, "teacher_logits: a NoneType "),
     ({"teacher_logits": torch.zeros(4, 6)}, r"teacher_logits: shape \[4, 6\] is not student_logits' \[4, 5\]$"),

@@ -257,6 +257,29 @@ def test_the_exact_differences_stay_exact(monkeypatch: pytest.MonkeyPatch) -> No
     assert not re.search(r"sub\.(rn\.)?ftz", kernel.ptx)  # libdevice's logarithm has other instructions that flush
 
 
+def test_several_logits_at_once_are_loaded_only_where_all_rows_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loads(student: Tensor, teacher: Tensor) -> tuple[int, int]:
+        """Of 16 bytes, and of one logit, in the kernel's text."""
+        with triton_aot.compiling(90, monkeypatch) as kernels:
+            triton.kd(student, teacher, None, None, **KEYWORDS | {"ignore_index": -100, "label_weight": 0.0})
+        (kernel,) = kernels
+        assert (
+            "st.global.v4" in kernel.ptx or student.stride(0) % 4
+        )  # a gradient's rows lie as far apart as it has classes
+        return len(re.findall(r"ld\.global\.v4", kernel.ptx)), len(re.findall(r"ld\.global\.b32", kernel.ptx))
+
+    rows, classes = 64, 1024
+    aligned = torch.empty(rows, classes)
+    shifted = torch.empty(rows * classes + 1)[1:].view(rows, classes)
+    odd = torch.empty(rows, classes + 1)[:, :classes]
+    wide, single = loads(aligned, aligned)
+    assert wide > 0
+    assert single == 0
+    assert loads(shifted, shifted)[0] == 0
+    assert loads(odd, aligned)[0] == 0
+    assert 0 < loads(shifted, aligned)[0] < wide  # the teacher's
+
+
 def test_integers_and_small_pointers_do_not_compile_kernels_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another batch size, step or place of the labels is the same kernel: captured calls cannot wait for a compiler."""
     labels = torch.empty(64, dtype=torch.int64)

@@ -74,6 +74,6 @@ def _check(network: nn.Module, folded: nn.Module, images: Callable[[], Tensor], 
     with isolated(device), full_precision(device), torch.no_grad():
         batch = images()
         own, found = network(batch), folded(batch)
-    off = (found - own).abs().max() / own.abs().max()
-    if not off.item() <= _OFF:
-        raise NotFolded(f"its logits would be off by {off.item():.2g} of the largest")
+    off, largest = (found - own).abs().max().item(), own.abs().max().item()
+    if not off <= _OFF * largest:
+        raise NotFolded(f"its logits would be off by {off:.2g}, the largest being {largest:.2g}")

@@ -98,6 +98,14 @@ def test_on_a_gpu_auto_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(module.bias is not None for module in on_cpu.network.modules() if isinstance(module, nn.Conv2d))
 
 
+def test_a_head_that_begins_at_zero_is_no_misreading() -> None:
+    """Nothing is trained yet where "on" is looked into first."""
+    blank = wrn()
+    for tensor in blank.get_submodule("classifier").parameters():
+        nn.init.zeros_(tensor)
+    assert answering(blank, settings("on"), CPU, images).is_folded
+
+
 class Misread(nn.Module):
     """A network whose code looks at more than its input: what it reads while it is followed stays for good."""
 
@@ -113,7 +121,7 @@ class Misread(nn.Module):
 @pytest.mark.parametrize(
     ("make", "batch", "reason"),
     [
-        (Misread, images, r"its logits would be off by 0\.8 of the largest"),
+        (Misread, images, r"its logits would be off by [\d.]+, the largest being [\d.]+"),
         (wrn, None, "no batch can be made to see that it stays the same"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images, "it has no batch norm"),
     ],

@@ -263,9 +263,6 @@ def test_several_logits_at_once_are_loaded_only_where_all_rows_are_aligned(monke
         with triton_aot.compiling(90, monkeypatch) as kernels:
             triton.kd(student, teacher, None, None, **KEYWORDS | {"ignore_index": -100, "label_weight": 0.0})
         (kernel,) = kernels
-        assert (
-            "st.global.v4" in kernel.ptx or student.stride(0) % 4
-        )  # a gradient's rows lie as far apart as it has classes
         return len(re.findall(r"ld\.global\.v4", kernel.ptx)), len(re.findall(r"ld\.global\.b32", kernel.ptx))
 
     rows, classes = 64, 1024

@@ -94,7 +94,7 @@ def test_a_graph_without_a_counter_of_its_own_sets_one_to_zero(
     for name in ("kd", "cwtm"):
         inputs, logits = Inputs(device, 100), student(device, 100)
         warm(LOSSES[name], logits, inputs)
-        monkeypatch.setattr(launch, "_graph_counters", {})
+        monkeypatch.setattr(launch, "_spare_counters", {})
         replayed(LOSSES[name], logits, inputs)
 
 

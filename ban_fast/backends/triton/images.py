@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ban_fast.backends.triton.launch import on
+from ban_fast.backends.triton.launch import OPTIONS, on
 
 _PIXELS = 256
 """Of an image that a program shows, all channels of each. 32 x 32 pixels are 4 programs: a batch of 128 fills a GPU."""
@@ -82,6 +82,6 @@ def show(
             images, ys, xs, rows.contiguous(), views.contiguous(), words, shown,
             X=len(xs), H=height, W=width, C=channels,
             PIXEL=channels if is_last else 1, CHANNEL=1 if is_last else height * width,
-            PIXELS=_PIXELS, CHANNELS=triton.next_power_of_2(channels), num_warps=_WARPS,
+            PIXELS=_PIXELS, CHANNELS=triton.next_power_of_2(channels), num_warps=_WARPS, **OPTIONS,
         )  # fmt: skip
     return shown

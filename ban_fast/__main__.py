@@ -1,8 +1,7 @@
 """`python -m ban_fast` is the command `ban-fast`."""
 
-import sys
-
 from .cli import main
+from .cli.ranks import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -118,12 +118,13 @@ class Ranks:
             try:
                 said[0] = work()
             except Exception as error:
-                said[1] = portable(error)
+                said[1] = packed(error)
                 dist.broadcast_object_list(said)
                 raise
         dist.broadcast_object_list(said)
         if said[1] is not None:
-            raise said[1]
+            met, cause = said[1]
+            raise met from cause
         return said[0]  # type: ignore[no-any-return]
 
     @contextmanager
@@ -137,12 +138,13 @@ class Ranks:
             yield
         except Exception as error:
             own = error
-        problems = self.gather(None if own is None else portable(own))
+        problems = self.gather(None if own is None else packed(own))
         if own is not None:
             raise own
         for problem in problems:
             if problem is not None:
-                raise problem
+                met, cause = problem
+                raise met from cause
 
     def send(self, tensor: Tensor, rank: int) -> Tensor:
         """`tensor`, now that of `rank`, whose others are as large."""
@@ -248,6 +250,12 @@ def _of_default_group() -> Ranks:
 def _is_loss(error: RuntimeError) -> bool:
     text = f"{type(error).__name__} {error}".lower()
     return isinstance(error, dist.DistError) or any(backend in text for backend in _BACKENDS)
+
+
+def packed(error: Exception) -> tuple[Exception, Exception | None]:
+    """The error as it can travel, and what it was raised from: of a full disk, say, that knows the remedy."""
+    cause = error.__cause__
+    return portable(error), portable(cause) if isinstance(cause, Exception) else None
 
 
 def portable(error: Exception) -> Exception:

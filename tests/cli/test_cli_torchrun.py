@@ -200,6 +200,29 @@ def test_a_restart_does_not_go_on_with_another_run(torchrun: Torchrun, tmp_path:
 
 
 @pytest.mark.slow
+def test_what_happens_while_python_is_torn_down_fails_no_run(torchrun: Torchrun, tmp_path: Path) -> None:
+    """Threads of gloo's abort there now and then; here an object's end does, always."""
+    (tmp_path / "odd.py").write_text(
+        "import atexit, os\n"
+        "from pathlib import Path\n"
+        "from torch import nn\n\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        "        os.abort()\n\n"
+        "LAST = Last()\n"
+        "atexit.register(Path(f'left-{os.environ[\"RANK\"]}').touch)\n\n"
+        "def network(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    process = torchrun("--", "train", *SMALL[2:], "--model", "odd:network", "--out", "run")
+    out, lines, err = ended(process)
+    assert (process.returncode, lines) == (0, []), err
+    assert out.endswith("plots: ban-fast report run\n")
+    assert (tmp_path / "left-0").exists()
+    assert (tmp_path / "left-1").exists()
+
+
+@pytest.mark.slow
 def test_two_machines(torchrun: Torchrun, tmp_path: Path) -> None:
     """Two agents that find each other by a rendezvous on the loopback, one process each."""
     meeting = (

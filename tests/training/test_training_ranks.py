@@ -1,5 +1,6 @@
 """Several gloo processes train as one does: gradients, weights, figures, caches, checkpoints; and what they refuse."""
 
+import errno
 import json
 import os
 import pickle
@@ -15,8 +16,8 @@ from rank_runs import COMPILED, EXACT, KEPT, RESUMED, interrupted, of_digits, of
 from small_runs import digits, footprint
 from text_runs import write_text
 
-from ban_fast.errors import OptionError
-from ban_fast.training.distributed import Ranks, portable
+from ban_fast.errors import OptionError, UserError
+from ban_fast.training.distributed import Ranks, packed, portable
 
 NURSERY = Path(__file__).with_name("rank_nursery.py")
 OnRanks = Callable[..., dict[str, list[Any]]]
@@ -224,3 +225,15 @@ def test_errors_travel() -> None:
     option = pickle.loads(pickle.dumps(portable(OptionError("batch_size", "is wrong"))))
     assert (type(option), str(option), option.field) == (OptionError, "batch_size: is wrong", "batch_size")
     assert str(pickle.loads(pickle.dumps(portable(Local(1, 2))))) == "Local: 3"
+    full = OSError(errno.ENOSPC, "No space left on device", "state.pt")
+    try:
+        raise UserError("cannot write state.pt") from full
+    except UserError as raised:
+        error, cause = pickle.loads(pickle.dumps(packed(raised)))
+    assert (type(error), str(error), type(cause), cause.errno) == (
+        UserError,
+        "cannot write state.pt",
+        OSError,
+        errno.ENOSPC,
+    )
+    assert packed(ValueError("of nothing"))[1] is None

@@ -14,9 +14,9 @@ of 64 on Penn Treebank's 2,000 most frequent words, validation perplexities afte
     1                100.0 (147.4)  120.6    172.3  82.7      175.9  69.5
     0.25              77.9           63.6     79.6  68.4       77.1  67.0
 
-(147.4 is of another seed.) So the weights of the terms matter little, the rate much, and `ptb-small` begins at 0.25: in
-the first epoch a student then learns as fast as its teacher did. What it lacks after the second is what the teacher, of
-whose outputs half its targets are made, lacked too: in so few epochs it has not yet learned more than it could teach.
+(147.4 is of another seed.) So the weights of the terms matter little and the rate much, and `ptb-small` begins at 0.25,
+where students learn about as fast as their teacher did. Two epochs are too few to learn more than it: half of what they
+are shown are the outputs of a network that had no longer.
 """
 
 from ..config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TextConfig

@@ -51,8 +51,9 @@ def transposed_times(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:  
 
 
 def dense(matrix: Tensor) -> Tensor:
-    """The matrix, or where its rows or columns do not lie side by side a copy: oneDNN takes minutes for those."""
-    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+    """The matrix, or a copy where its rows or columns do not lie side by side, for which oneDNN takes minutes."""
+    is_dense = matrix.is_contiguous() or matrix.t().is_contiguous()
+    return matrix if is_dense or not _by_onednn(matrix) else matrix.contiguous()
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:  # [n, k], [m, k], [m]

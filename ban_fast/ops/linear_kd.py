@@ -311,8 +311,8 @@ def fused_linear_kd(  # type: ignore[misc]  # the first overload passes its opti
     """
     checks.check_kd_options(temperature, kd_weight, label_weight, "kl", scale_t2, ignore_index, reduction)
     checks.check_flag("return_terms", return_terms)
-    if chunk_bytes is not None and (type(chunk_bytes) is not int or chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes: {chunk_bytes!r} is not a whole number from 1 up, nor None")
+    if chunk_bytes is not None and (type(chunk_bytes) is not int or not 1 <= chunk_bytes < 1 << 63):
+        raise ValueError(f"chunk_bytes: {chunk_bytes!r} is not a whole number from 1 up to 2^63 - 1, nor None")
     check_layer("student", student_hidden, student_weight, student_bias)
     check_labels(labels, student_hidden, label_weight)
     check_teacher(student_hidden, student_weight, teacher_logits, teacher_hidden, teacher_weight, teacher_bias)

@@ -72,6 +72,7 @@ CALLS: list[tuple[dict[str, Any], str]] = [
     ({"chunk_bytes": 0}, "chunk_bytes: 0 is not a whole number from 1 up"),
     ({"chunk_bytes": 1e6}, "chunk_bytes: 1000000.0 is not"),
     ({"chunk_bytes": True}, "chunk_bytes: True is not"),
+    ({"chunk_bytes": 2**63}, "chunk_bytes: 9223372036854775808 is not"),
 ]
 
 

@@ -238,12 +238,19 @@ torch.library.define(
 
 @torch.library.impl("ban_fast::scale_grad", "default")
 def _scale_grad(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
+    acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if grad_output.shape not in ((), grad.shape[:1]) or grad_output.dtype != acc:
+        raise ValueError(
+            f"grad_output: a {grad_output.dtype} tensor of shape {list(grad_output.shape)} was given; "
+            f"a {acc} one of shape [] or {list(grad.shape[:1])} is needed"
+        )
     scale = grad_scale if grad_scale.dim() == 0 else None
-    return dispatch.resolve(backend, "kd", grad).scale_grad_(grad.clone(), grad_output, scale)
+    scaled = grad.clone(memory_format=torch.contiguous_format)
+    return dispatch.resolve(backend, "kd", grad).scale_grad_(scaled, grad_output, scale)
 
 
 def _scale_grad_fake(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(grad)
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 torch.library.register_fake("ban_fast::scale_grad", _scale_grad_fake)

@@ -130,6 +130,23 @@ def check_teacher_rows(teacher_rows: Tensor | None, student: Tensor) -> None:
         check_rows("teacher_rows", teacher_rows, student)
 
 
+def check_operands(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None, ids: Tensor | None, teacher_rows: Tensor | None
+) -> None:
+    """What an operator is called with, its logits as rows [R, C]: a recorded graph meets tensors that nobody checked.
+
+    Kernels read as many rows and classes as the student has, from addresses.
+    """
+    check_logits("student_logits", student)
+    if student.dim() != 2:
+        raise ValueError(f"student_logits: shape {list(student.shape)} is not [R, C]")
+    if teacher is not None:
+        check_teacher(student, teacher, teacher_rows)
+    for name, indices in (("labels", labels), ("sample_ids", ids), ("teacher_rows", teacher_rows)):
+        if indices is not None:
+            check_rows(name, indices, student)
+
+
 def check_targets(teacher: Tensor, sample_ids: Tensor | None, teacher_rows: Tensor | None) -> tuple[int, ...]:
     """Arguments of dkpp_targets; returns the shape of the result."""
     shape = tuple(teacher.shape)

@@ -31,6 +31,11 @@ def _cwtm(
     backend: str,
     **options: Any,
 ) -> Packed:
+    checks.check_operands(student, teacher, labels, None, teacher_rows)
+    if confidence is not None:
+        checks.check_confidence(confidence, student, teacher_rows)
+    if normalizer is not None:
+        checks.check_normalizer(normalizer, student)
     chosen = dispatch.resolve(backend, "cwtm", student)
     return pack(chosen.cwtm(student, teacher, labels, confidence, normalizer, teacher_rows, **options))
 

@@ -50,6 +50,8 @@ def _dkpp(
     backend: str,
     **options: Any,
 ) -> Packed:
+    checks.check_operands(student, teacher, labels, sample_ids, teacher_rows)
+    checks.check_step(step, student)
     chosen = dispatch.resolve(backend, "dkpp", student)
     return pack(chosen.dkpp(student, teacher, labels, sample_ids, step, teacher_rows, **options))
 
@@ -71,6 +73,9 @@ def _dkpp_targets(
     backend: str,
     **options: Any,
 ) -> Tensor:
+    checks.check_logits("teacher_logits", teacher)
+    checks.check_targets(teacher, sample_ids, teacher_rows)
+    checks.check_step(step, teacher)
     return dispatch.resolve(backend, "dkpp", teacher).dkpp_targets(teacher, sample_ids, step, teacher_rows, **options)
 
 

@@ -29,6 +29,7 @@ def _kd(
     backend: str,
     **options: Any,
 ) -> Packed:
+    checks.check_operands(student, teacher, labels, None, teacher_rows)
     return pack(dispatch.resolve(backend, "kd", student).kd(student, teacher, labels, teacher_rows, **options))
 
 

@@ -65,3 +65,54 @@ def test_scale_grad(backend: str, dtype: torch.dtype) -> None:
     scale = torch.tensor(0.25) if dtype == torch.float16 else torch.empty(0)
     for grad_output in (torch.tensor(2.0), torch.tensor(1.0), torch.randn(4), torch.tensor(2.0).expand(4)):
         torch.library.opcheck(torch.ops.ban_fast.scale_grad, (grad, grad_output, scale, backend))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("kd", {0: torch.zeros(9, 5)}, r"teacher_logits: shape \[4, 5\] is not student_logits' \[9, 5\]"),
+        ("kd", {0: torch.zeros(4, 9)}, r"teacher_logits: shape \[4, 5\] is not"),
+        ("kd", {0: torch.zeros(2, 2, 5)}, r"student_logits: shape \[2, 2, 5\] is not \[R, C\]"),
+        ("kd", {2: LABELS[:3]}, r"labels: shape \[3\] is not \[4\]"),
+        ("kd", {2: LABELS.int()}, "labels: a torch.int32 tensor"),
+        ("kd", {3: ROWS[:3]}, r"teacher_rows: shape \[3\] is not \[4\]"),
+        ("dkpp", {0: torch.zeros(9, 5)}, r"teacher_logits: shape \[4, 5\] is not student_logits' \[9, 5\]"),
+        ("dkpp", {3: ROWS[:3]}, r"sample_ids: shape \[3\] is not \[4\]"),
+        ("dkpp", {4: torch.tensor([3])}, "step: a torch.int64 tensor"),
+        ("cwtm", {0: torch.zeros(9, 5)}, r"teacher_logits: shape \[4, 5\] is not student_logits' \[9, 5\]"),
+        ("cwtm", {2: LABELS[:3]}, r"labels: shape \[3\] is not \[4\]"),
+        ("cwtm", {1: None, 3: torch.rand(3)}, r"confidence: shape \[3\] is not \[4\]"),
+        ("cwtm", {4: torch.ones(2)}, "normalizer: a torch.float32 tensor"),
+        ("dkpp_targets", {1: ROWS[:3]}, r"sample_ids: shape \[3\] is not \[4\]"),
+        ("scale_grad", {1: torch.ones(3)}, r"grad_output: a torch.float32 tensor of shape \[3\]"),
+        ("scale_grad", {1: torch.ones(4).double()}, "grad_output: a torch.float64 tensor"),
+    ],
+)
+def test_operands_are_checked(backend: str, name: str, changes: dict[int, Any], message: str) -> None:
+    """A graph that was recorded with other shapes calls operators alone."""
+    student, teacher = logits()
+    operands: list[Any] = [student, teacher[:4], LABELS]
+    options: dict[str, Any] = {"ignore_index": -100, "need_grad": True, "backend": backend}
+    if name == "cwtm":
+        operands += [None, None, None]
+        options["weight_by"] = "teacher_max"
+    elif name == "dkpp_targets":
+        operands, options = [teacher[:4], None, torch.tensor(3), None], {"seed": 1, "temperature": 2.0}
+        options["backend"] = backend
+    elif name == "scale_grad":
+        operands, options = [student, torch.ones(4), torch.empty(0), backend], {}
+    else:
+        operands += [None] if name == "kd" else [None, torch.tensor(3), None]
+        options |= {**KD, "label_weight": 0.3, "reduction": "mean"} | ({} if name == "kd" else {"seed": 1})
+    operator = getattr(torch.ops.ban_fast, name)
+    operator(*operands, **options)
+    for place, value in changes.items():
+        operands[place] = value
+    with pytest.raises(ValueError, match="^" + message):
+        operator(*operands, **options)
+
+
+def test_a_transposed_gradient_is_scaled_by_rows(backend: str) -> None:
+    grad, factors = torch.randn(5, 4).t(), torch.randn(4)
+    scaled = torch.ops.ban_fast.scale_grad(grad, factors, torch.empty(0), backend)
+    assert torch.equal(scaled, grad * factors[:, None])

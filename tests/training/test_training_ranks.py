@@ -15,6 +15,7 @@ import torch
 from rank_runs import COMPILED, EXACT, KEPT, RESUMED, interrupted, of_digits, of_text, outcome, short
 from small_runs import digits, footprint
 from text_runs import write_text
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ban_fast.errors import OptionError, UserError
 from ban_fast.training.distributed import Ranks, packed, portable
@@ -213,6 +214,35 @@ def test_a_machine_with_fewer_gpus_than_ranks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert Ranks(5, 8, local_rank=1, local_size=2).device(cuda) == torch.device("cuda", 1)
     assert chosen == [1]
+
+
+def test_a_rank_without_a_gpu_among_others_that_have_one() -> None:
+    """Each says so; the store is torchrun's, and outlives them."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    code = (
+        "import os, torch\n"
+        "torch.cuda.is_available = lambda: os.environ['RANK'] == '0'\n"
+        "from ban_fast.errors import OptionError\n"
+        "from ban_fast.training.distributed import joined\n"
+        "try:\n"
+        "    with joined('auto'):\n"
+        "        print('joined')\n"
+        "except OptionError as error:\n"
+        "    print(error)\n"
+    )
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **launched, **place, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert said == ["device: some of the processes have a GPU, and some have none: use cpu for all\n"] * 2
 
 
 def test_errors_travel() -> None:

@@ -83,7 +83,7 @@ class Beton:
         except FileNotFoundError:
             raise UserError(f"there is no {path} for FFCV to read; write it with `{command}`") from None
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+            raise UserError(f"cannot read {path}: {error.strerror}; move it away and run `{command}`") from None
         note = _note(head)
         if note is None:
             problem = "is cut short" if len(head) < _LABEL.stop else "is not a file of this version of ban-fast's"
@@ -133,6 +133,8 @@ def write(path: Path, part: Part, what: str, progress: Progress | None = None) -
     Raises:
         UserError: no space, no permission; images that cannot be read. Nothing half-written stays behind.
     """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory; move it away")
     try:
         with scratch(path.parent) as place:
             unfinished = place / path.name

@@ -349,3 +349,14 @@ class TestLoad:
         file = written(tmp_path / "x.beton", part_of(2, (4, 4, 3)))
         with pytest.raises(UserError, match=r"^FFCV cannot be imported: .*; install it again, or use another loader$"):
             file.reader(2)
+
+
+def test_a_directory_in_its_place(tmp_path: Path) -> None:
+    """Said before the images are written, and left as it is."""
+    (tmp_path / "digits-train-8.beton").mkdir()
+    with pytest.raises(UserError, match=r"^cannot write .*digits-train-8\.beton: it is a directory; move it away$"):
+        data.prepare_ffcv("digits", tmp_path)
+    part = part_of(2, (2, 2, 3))
+    with pytest.raises(UserError, match=r"^cannot read .*: Is a directory; move it away and run `COMMAND`$"):
+        Beton(tmp_path / "digits-train-8.beton", part, "digits train 8 x 8", "COMMAND")
+    assert [path.name for path in tmp_path.iterdir()] == ["digits-train-8.beton"]

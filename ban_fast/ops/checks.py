@@ -21,13 +21,13 @@ _INT64_END = 1 << 63
 def check_temperature(value: float) -> None:
     """A number from COLDEST to HOTTEST."""
     if not isinstance(value, (int, float)) or not COLDEST <= value <= HOTTEST:
-        raise ValueError(f"temperature: {value!r} is not a number from {COLDEST} to {HOTTEST}")
+        raise ValueError(f"temperature: {value!r} is not an int or float from {COLDEST} to {HOTTEST}")
 
 
 def check_weight(name: str, value: float) -> None:
     """Finite and not negative."""
     if not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-        raise ValueError(f"{name}: {value!r} is not a finite number from 0 up")
+        raise ValueError(f"{name}: {value!r} is not a finite int or float from 0 up")
 
 
 def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
@@ -39,7 +39,7 @@ def check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
 def check_int(name: str, value: int) -> None:
     """An integer of 64 bits."""
     if not isinstance(value, int) or not -_INT64_END <= value < _INT64_END:
-        raise ValueError(f"{name}: {value!r} is not a 64-bit integer")
+        raise ValueError(f"{name}: {value!r} is not an int of 64 bits")
 
 
 def check_flag(name: str, value: bool) -> None:

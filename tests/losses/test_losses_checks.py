@@ -25,7 +25,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "2"}, "temperature: '2' "),
     ({"temperature": 1e-19}, "temperature: 1e-19 is not an int or float from 1e-18 to 1e[+]18$"),
     ({"temperature": 10**400}, "temperature: 10+ is not"),
-    ({"temperature": np.float32(2)}, r"temperature: np.float32\(2.0\) is not an int or float"),
+    ({"temperature": np.float32(2)}, r"temperature: (np.float32\()?2.0\)? is not an int or float"),
     ({"temperature": torch.tensor(2.0)}, r"temperature: tensor\(2.\) "),
     ({"kd_weight": -0.5}, "kd_weight: -0.5 "),
     ({"kd_weight": INF}, "kd_weight: inf "),
@@ -83,7 +83,7 @@ KD_CALLS: list[tuple[dict[str, Any], str]] = [
 
 DKPP_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.0}, "seed: 1.0 "),
-    ({"seed": np.int64(1)}, r"seed: np.int64\(1\) is not an int of 64 bits"),
+    ({"seed": np.int64(1)}, r"seed: (np.int64\()?1\)? is not an int of 64 bits"),
     ({"seed": 2**63}, "seed: 9223372036854775808 "),
     ({"step": 1.0}, "step: 1.0 "),
     ({"step": 2**63}, "step: 9223372036854775808 "),

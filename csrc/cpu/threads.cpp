@@ -38,8 +38,8 @@ struct Job {
   }
 };
 
-// For where torch's threads are not to be had. Workers sleep between jobs. A pool is never destroyed: its threads end with the process, and in a forked child, which
-// has none of them, it is left behind as it is.
+// For where torch's threads are not to be had. Workers sleep between jobs. A pool is never destroyed: its threads end
+// with the process, and in a forked child, which has none of them, it is left behind as it is.
 class Pool {
  public:
   // One job at a time: false where another thread's is running.

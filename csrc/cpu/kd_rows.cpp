@@ -215,7 +215,8 @@ class KDRows {
 
   void take_label(int k) {
     KDRow<T>& row = rows_[k];
-    const LabelRow label = label_row(row.z, row.classes, job_.selection.labels[numbers_[k]], row.next_z, row.label);
+    const auto fetch_next = [&](std::int64_t i) BAN_FAST_LAMBDA { row.next_z.prefetch(i); };
+    const LabelRow label = label_row(row.z, row.classes, job_.selection.labels[numbers_[k]], fetch_next, row.label);
     job_.label_values[numbers_[k]] = label.loss;
     row.label_scale = job_.label_scale / label.total;
   }

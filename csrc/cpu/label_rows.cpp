@@ -1,4 +1,6 @@
 // CWTM's rows: the teacher's confidence, then weighted cross-entropy with the labels.
+#include <utility>
+
 #include "sweeps.h"
 
 namespace ban_fast::BAN_FAST_ISA {
@@ -62,11 +64,64 @@ void confidence_rows_as(const ConfidenceJob& job, std::int64_t begin, std::int64
   }
 }
 
+// A row of the gradient that is computed, up to a factor, and not yet written: where it goes past the caches, its whole
+// vectors can go while the next row is computed.
+template <class T, class To>
+class Due {
+ public:
+  Due() = default;
+  Due(const T* values, T scale, To* row, std::int64_t classes, bool streamed)
+      : values_(values), scale_(scale), row_(row), classes_(classes), streamed_(streamed) {
+    if (!streamed) return;
+    head_ = unaligned_head<T>(row);
+    whole_ = classes > head_ ? (classes - head_) / Vec<T>::lanes * Vec<T>::lanes : 0;
+  }
+
+  // The vector that begins i elements after the first that may be streamed, if there is one.
+  __attribute__((always_inline)) void stream(std::int64_t i) const {
+    if (i < whole_) stream_whole(row_ + head_ + i, load(values_ + head_ + i) * Vec<T>(scale_));
+  }
+
+  // What stream leaves: everything of a row that stays in the caches, else the ends.
+  void finish() const {
+    if (!streamed_) return write(0, classes_);
+    const std::int64_t end = head_ < classes_ ? head_ : classes_;
+    write(0, end);
+    write(end + whole_, classes_);
+  }
+
+ private:
+  void write(std::int64_t begin, std::int64_t end) const {
+    for_vectors<T>(
+        begin, end,
+        [&](std::int64_t i, auto tail)
+            BAN_FAST_LAMBDA { write_some<tail>(row_ + i, load(values_ + i) * Vec<T>(scale_), end - i); },
+        []() BAN_FAST_LAMBDA {});
+  }
+
+  const T* values_ = nullptr;
+  T scale_ = T(0);
+  To* row_ = nullptr;
+  std::int64_t classes_ = 0, head_ = 0, whole_ = 0;
+  bool streamed_ = false;
+};
+
 template <class T>
-void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std::int64_t end) {
+class Due<T, NoGradient> {
+ public:
+  Due() = default;
+  Due(const T*, T, NoGradient*, std::int64_t, bool) {}
+  void stream(std::int64_t) const {}
+  void finish() const {}
+};
+
+template <class T, class To>
+void weighted_label_rows_to(const WeightedLabelJob& job, To* gradient, std::int64_t begin, std::int64_t end) {
   const Selection& selection = job.selection;
   const std::int64_t classes = selection.classes;
-  const ScratchRows<T> scratch(classes, 2);
+  const ScratchRows<T> scratch(classes, 3);
+  T *exp = scratch.row(1), *other = scratch.row(2);
+  Due<T, To> due;
   for (std::int64_t row = begin; row < end; ++row) {
     if (selection.ignored(row)) {
       job.values[row] = 0.0;
@@ -74,23 +129,31 @@ void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std
       continue;
     }
     const T* z = fetch_row(job.student, row, classes, scratch.row(0));
-    T* exp = scratch.row(1);
     const Upcoming next(job.student, next_row(selection, row, end));
-    const Upcoming first = job.gradient.data != nullptr ? next.first_half() : next, second = next.second_half(classes);
-    const LabelRow label = label_row(z, classes, selection.labels[row], first, exp);
+    const auto meanwhile = [&](std::int64_t i) BAN_FAST_LAMBDA {
+      next.prefetch(i);
+      due.stream(i);
+    };
+    const LabelRow label = label_row(z, classes, selection.labels[row], meanwhile, exp);
+    due.finish();
     job.values[row] = label.loss;
-    const Vec<T> scale(T(job.weights[row] * job.scale / label.total));
-    with_gradient_row<T>(job.gradient, row, classes, [&]<class To>(To* gradient) BAN_FAST_LAMBDA {
-      if constexpr (!std::is_same_v<To, NoGradient>) {
-        write_row<T>(gradient, classes, job.gradient.streamed,
-                     [&](std::int64_t i) BAN_FAST_LAMBDA {
-                       second.prefetch(i);
-                       return load(exp + i) * scale;
-                     });
-      }
-    });
+    const T scale = T(job.weights[row] * job.scale / label.total);
+    if constexpr (!std::is_same_v<To, NoGradient>) {
+      due = {exp, scale, gradient + row * classes, classes, job.gradient.streamed};
+      std::swap(exp, other);
+      if (!job.gradient.streamed) due.finish(), due = {};
+    }
   }
+  for (std::int64_t i = 0; i < classes; i += Vec<T>::lanes) due.stream(i);
+  due.finish();
   end_streaming();
+}
+
+template <class T>
+void weighted_label_rows_as(const WeightedLabelJob& job, std::int64_t begin, std::int64_t end) {
+  with_gradient_row<T>(job.gradient, 0, job.selection.classes, [&]<class To>(To* gradient) {
+    weighted_label_rows_to<T>(job, gradient, begin, end);
+  });
 }
 
 }  // namespace

@@ -63,22 +63,12 @@ class Upcoming {
       : element_(element_size(matrix.dtype)),
         row_(static_cast<const char*>(matrix.data) + row * matrix.row_stride * element_) {}
 
-  // Two that share the row's lines between two passes over all i, so that the one that writes has lines to fetch too.
-  Upcoming first_half() const { return {*this, 0}; }
-  Upcoming second_half(std::int64_t classes) const { return {*this, classes / 2}; }
-
   // The line of element i, if the row is contiguous; if not, some line.
-  __attribute__((always_inline)) void prefetch(std::int64_t i) const {
-    BAN_FAST_ISA::prefetch(row_ + (i >> shift_) * element_);
-  }
+  __attribute__((always_inline)) void prefetch(std::int64_t i) const { BAN_FAST_ISA::prefetch(row_ + i * element_); }
 
  private:
-  Upcoming(const Upcoming& whole, std::int64_t from)
-      : element_(whole.element_), row_(whole.row_ + from * whole.element_), shift_(1) {}
-
   std::int64_t element_;
   const char* row_;
-  int shift_ = 0;
 };
 
 // The row after `row` in [0, end), where that counts; else `row` itself.
@@ -209,16 +199,16 @@ struct LabelSums {
 };
 
 // Fills the row's exp, at the label with minus the sum of the others. kKnown: the reference is the largest.
-template <bool kKnown, class T>
+template <bool kKnown, class T, class Meanwhile>
 BAN_FAST_HD LabelSums<T> label_sums(const T* z, std::int64_t classes, std::int64_t label, T reference,
-                                    const Upcoming upcoming, T* exp) {
+                                    const Meanwhile& meanwhile, T* exp) {
   constexpr std::int64_t lanes = Vec<T>::lanes;
   constexpr UnitTemperature<T> one;
   LaneSum<T> rest;
   Vec<T> largest(-kInfinity<T>);
   const auto body = [&](std::int64_t i, std::int64_t count, auto whole) BAN_FAST_LAMBDA {
     const Vec<T> x = load_some<!whole>(z + i, count, -kInfinity<T>);
-    upcoming.prefetch(i);
+    meanwhile(i);
     if constexpr (!kKnown) largest = larger(largest, x);
     Vec<T> e = exp_quotient(x - Vec<T>(reference), one);
     if constexpr (!whole) {
@@ -254,17 +244,19 @@ template <class T>
 inline constexpr T kFar = T(20);
 
 // m is the largest of the row's beginning: the row is then read once. Where a later one is far larger, m is that.
-template <class T>
-BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Upcoming upcoming, T* exp) {
+// meanwhile(i) is called for each vector, or twice: other traffic with memory, which the arithmetic hides.
+template <class T, class Meanwhile>
+BAN_FAST_HD LabelRow label_row(const T* z, std::int64_t classes, std::int64_t label, const Meanwhile& meanwhile,
+                               T* exp) {
   constexpr std::int64_t kBeginning = kBlockVectors * Vec<T>::lanes;
   constexpr UnitTemperature<T> one;
   const bool is_short = classes <= kBeginning;
   const T first = row_maximum(z, is_short ? classes : kBeginning);
-  LabelSums<T> sums = is_short ? label_sums<true>(z, classes, label, first, upcoming, exp)
-                               : label_sums<false>(z, classes, label, first, upcoming, exp);
+  LabelSums<T> sums = is_short ? label_sums<true>(z, classes, label, first, meanwhile, exp)
+                               : label_sums<false>(z, classes, label, first, meanwhile, exp);
   double scale = 1.0;  // to exp(z - largest)
   if (!(sums.largest - first <= kFar<T>)) {
-    sums = label_sums<true>(z, classes, label, sums.largest, upcoming, exp);
+    sums = label_sums<true>(z, classes, label, sums.largest, meanwhile, exp);
   } else if (first < sums.largest) {
     scale = double(exp_quotient(first - sums.largest, one));
   }

@@ -195,6 +195,8 @@ def test_large_gradients_are_streamed_to_the_same_bits(classes: int) -> None:
     rows = 2**23 // classes + 4
     student, teacher, labels = logits(rows, classes), logits(rows, classes, seed=1), torch.arange(rows)
     student[1] += 30 * (torch.arange(classes) == 5)  # by log-sum-exp
+    student[rows // 2, -3] += 60  # visited twice
+    labels[2] = -100
     options = {"reduction": "sum", "label_weight": 1.0}
     cwtm = {"weight_by": "teacher_max", "ignore_index": -100, "need_grad": True}
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -205,7 +207,8 @@ def test_large_gradients_are_streamed_to_the_same_bits(classes: int) -> None:
         large = kd(student_, teacher, labels, **options)
         unlabelled = kd(student_, teacher, reduction="none")
         weighted = native.cwtm(student_, teacher, labels, None, one, None, **cwtm)
-        for row in (0, 1, rows // 2, rows - 1):
+        assert not weighted.grad[2].any()
+        for row in (0, 1, 3, rows // 2, rows - 1):
             one_row = slice(row, row + 1)
             alone = kd(student_[one_row], teacher[one_row], labels[one_row], **options)
             assert torch.equal(large.grad[row], alone.grad[0])

@@ -80,7 +80,8 @@ class Fill:
         of = f"{self.seen:.3g} of {self.views} views" if self.views > 1 else "one view"
         there = "" if left is None else f", {max(1 - left / self.rows, 0):.0%} of these are kept already"
         shown = "the same windows" if self.is_fixed else f"{of} of an image"
-        what = f"{self.epochs:.4g} epochs show {shown}{there}"
+        epochs = "1 epoch shows" if self.epochs == 1 else f"{self.epochs:.4g} epochs show"
+        what = f"{epochs} {shown}{there}"
         return f"{what}: {self.saved(left):.0%} fewer forward passes than live"
 
 

@@ -58,7 +58,7 @@ def loader() -> DataLoader[Any]:
     ("changes", "arguments", "said"),
     [
         ({}, own, "cache: 3 epochs show one view of an image: 62% fewer forward passes than live; logits in float32"),
-        ({"epochs": 1}, own, "live: 1 epochs show one view of an image: 0% fewer forward passes than live"),
+        ({"epochs": 1}, own, "live: 1 epoch shows one view of an image: 0% fewer forward passes than live"),
         ({}, lambda: own(train=loader()), "live: what a DataLoader serves can't be told apart"),
         ({}, lambda: own(model=AgainstTheMean), "live: its logits depend on the other images of a batch"),
         ({"teacher": LIVE}, own, None),

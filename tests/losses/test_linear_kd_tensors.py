@@ -95,6 +95,7 @@ def test_fake_tensors_come_to_fake_losses() -> None:
         assert isinstance(compute(inputs()), FakeTensor)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # of torch's own formulas for it
 @pytest.mark.parametrize("name", STUDENTS)
 def test_forward_mode_is_refused(name: str) -> None:
     """Without a tangent its answer would be that the loss does not change."""

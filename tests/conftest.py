@@ -1,6 +1,17 @@
 """Settings that must be made before torch is first imported."""
 
 import os
+import shutil
+import tempfile
 
 # torch's OpenMP threads spin while they wait, and starve the processes that tests start on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Inductor keeps graphs on disk by what they call. One of a processor with wider vectors, or of operators as they were
+# before, is found again and computes something else: nothing that another run left is used.
+_COMPILED = tempfile.mkdtemp(prefix="compiled_by_tests_")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILED
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_COMPILED, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Measuring processes end when they should, and a run says what it had no time for."""
 
-import os
+import signal
 import time
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from benchmarks.cases import Case
 from benchmarks.session import DEFAULT, TUNED, TUNING, OutOfTime, Session, Worker, WorkerFailed
 
 CASE = Case(objective="kd", rows=2, classes=3, dtype="fp32")
+PATIENCE = 300.0
+"""Seconds in which a worker has surely begun, or ended: it imports torch, perhaps beside much else."""
 
 
 def request(**changes: object) -> dict[str, object]:
@@ -23,27 +25,26 @@ def test_a_worker_answers_fails_and_is_given_up() -> None:
     worker = Worker(TUNING, "cpu")
     try:
         refused = worker.ask(
-            request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None, 60.0
+            request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None, PATIENCE
         )
         assert "KeyError" in refused["error"]
         environment = Path(f"/proc/{worker.pid}/environ")
         if environment.exists():
             assert b"MALLOC_MMAP_MAX_=0" in environment.read_bytes().split(b"\0")
         with pytest.raises(OutOfTime):
-            worker.ask(request(), time.monotonic(), 60.0)
+            worker.ask(request(), time.monotonic(), PATIENCE)
     finally:
         worker.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(worker.pid, 0)
+    assert worker._process.returncode == -signal.SIGKILL
 
 
 def test_a_worker_ends_with_its_session() -> None:
     """A session that is killed closes nothing: the end of its pipe must do."""
     worker = Worker({}, "cpu")
-    worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None, 60.0)
+    worker.ask(request(case={"objective": "unknown", "rows": 2, "classes": 3, "dtype": "fp32"}), None, PATIENCE)
     assert worker._process.stdin is not None
     worker._process.stdin.close()
-    assert worker._process.wait(timeout=60) == 0
+    assert worker._process.wait(timeout=PATIENCE) == 0
     worker.close()
 
 
@@ -52,7 +53,7 @@ def test_a_worker_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
     worker = Worker({}, "cpu")
     try:
         with pytest.raises(WorkerFailed, match="ended with status"):
-            worker.ask(request(), None, 60.0)
+            worker.ask(request(), None, PATIENCE)
     finally:
         worker.close()
 

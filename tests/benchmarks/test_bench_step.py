@@ -5,11 +5,14 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import bench_records
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import machine, report, step, step_figures, tables, targets, trainers
 from benchmarks.step_figures import CACHED, COMPILED, COMPOSED, LIVE, NAIVE, SUPERVISED, Case, Record
@@ -37,10 +40,66 @@ def test_all_have_times_of_the_right_gradient(record: Record) -> None:
         assert entry["failed"] is None, entry["failed"]
         assert len(entry["laps_s"]) == 2
         assert sum(entry["shares"].values()) == pytest.approx(1)
+        assert min(entry["shares"].values()) > 0
         assert (entry["off"] is None) if name == SUPERVISED else (entry["off"] <= step.LIMITS["cpu"])
-    shares = {name: entry["shares"]["teacher"] for name, entry in record["trainers"].items()}
-    assert shares[SUPERVISED] < shares[CACHED] < shares[LIVE]
     assert "| ours, teacher cached | " in step_figures.table(record)
+
+
+def test_parts_are_timed_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the parts turn: two batches, the loader's end included."""
+    now = 0.0
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Turned:
+        device = CPU
+
+        def batches(self) -> Iterator[SimpleNamespace]:
+            for _ in range(2):
+                passes(1.0)
+                yield SimpleNamespace(images=torch.ones(2, 3))
+            passes(0.5)
+
+        def teach(self, batch: SimpleNamespace) -> None:
+            passes(10.0)
+
+        def forward(self, images: Tensor) -> Tensor:
+            passes(100.0)
+            return images.clone().requires_grad_() * 1
+
+        def loss(self, logits: Tensor, taught: None, batch: SimpleNamespace) -> Tensor:
+            passes(1000.0)
+            return logits.sum()
+
+        def update(self) -> None:
+            passes(50.0)
+
+    monkeypatch.setattr(step, "time", SimpleNamespace(perf_counter=lambda: now))
+    spent = step.parts(Turned())  # type: ignore[arg-type]
+    assert spent == {"loader": 2.5, "teacher": 20.0, "student": 300.0, "loss": 2000.0}
+
+
+def test_only_a_live_teacher_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the shares tell apart, once the cache knows an epoch's views."""
+    split, _ = step.images(8)
+    asked = {}
+    for name in (LIVE, CACHED, SUPERVISED):
+        trainer = trainers.trainers(CPU)[name](SMALL, split, CPU)
+        trainer.epoch()
+        batches: list[Tensor] = []
+        if trainer._teacher is not None:
+            logits = trainer._teacher.logits
+
+            def recorded(images: Tensor, of: Callable[[Tensor], Tensor] = logits, to: list[Tensor] = batches) -> Tensor:
+                to.append(images)
+                return of(images)
+
+            monkeypatch.setattr(trainer._teacher, "logits", recorded)
+        trainer.epoch()
+        asked[name] = len(batches)
+    assert asked == {LIVE: 2, CACHED: 0, SUPERVISED: 0}
 
 
 @pytest.mark.parametrize("name", [NAIVE, LIVE, CACHED])

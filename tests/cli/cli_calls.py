@@ -42,8 +42,8 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def finish(process: "subprocess.Popen[str]") -> Said:
-    """Wait for it."""
-    out, err = process.communicate(timeout=300)
+    """Wait for it; not for ever, but on a machine that has much else to do."""
+    out, err = process.communicate(timeout=1200)
     return Said(process.returncode, out, err)
 
 

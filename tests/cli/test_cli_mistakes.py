@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -230,16 +229,13 @@ def test_every_flag_of_train_is_in_its_help(call: Call, monkeypatch: pytest.Monk
 
 
 def test_help_waits_for_no_torch() -> None:
-    """Half a second (it takes 0.1), of the processor: a clock would count what else the machine does."""
+    """Nor for any other library that takes its time: counted, for a clock would tell of the machine."""
     command = [sys.executable, "-X", "importtime", "-m", "ban_fast", "train", "--help"]
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     modules = {line.split("|")[-1].strip() for line in imported.splitlines()}
     assert "typer" in modules
-    assert not modules & {"torch", "numpy", "matplotlib"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "ban_fast", "train", "--help"], capture_output=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    slow = {"torch", "torchvision", "triton", "numpy", "matplotlib", "PIL", "safetensors", "timm", "ray", "ffcv"}
+    assert not modules & slow
 
 
 def test_info_of_another_place_says_how_to_fill_it(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,29 +8,45 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from cli_calls import SMALL, Said, Start, finish, tree
 
-LONG = ("--model", "mlp-8", "--generations", "1", "--max-steps", "600", "--epochs", "1000")
-"""Flags of a run of a few seconds, which a signal surely finds at work."""
+SHORT = ("--model", "held:Held", "--max-steps", "20", "--generations", "1", "--limit-test", "64")
+"""Flags of a run whose network waits before its seventh step."""
 
-SLOW_MODEL = """
-import time
+HELD = """
+import os, signal, time
+from pathlib import Path
 from torch import nn
 
-class Slow(nn.Module):
+class Held(nn.Module):
+    steps = 0
+
     def __init__(self, num_classes):
         super().__init__()
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
     def forward(self, x):
         if len(x) > 2:  # not while training only looks whether the network fits
-            print("working", flush=True)
-            time.sleep(SECONDS)
+            Held.steps += 1
+        if Held.steps == 7 and not Path("go").exists():
+            heed = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, lambda *received: (heed(*received), os.write(1, b"heeded\\n")))
+            print("waiting", flush=True)
+            while not Path("go").exists():
+                time.sleep(0.01)
         return self.layers(x)
 """
+"""Waits for a file `go`; says so, and when it was interrupted."""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Path:
+    """The file that the network in `held.py` waits for."""
+    (tmp_path / "held.py").write_text(HELD)
+    return tmp_path / "go"
 
 
 def wait_for(process: "subprocess.Popen[str]", words: str) -> None:
@@ -43,35 +59,34 @@ def wait_for(process: "subprocess.Popen[str]", words: str) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
-    start: Start, tmp_path: Path, number: signal.Signals, status: int
+    start: Start, tmp_path: Path, held: Path, number: signal.Signals, status: int
 ) -> None:
-    process = start("train", *LONG, "--out", "a run")
-    wait_for(process, "parameters")
-    time.sleep(0.3)
+    process = start("train", *SHORT, "--out", "a run")
+    wait_for(process, "waiting")
     process.send_signal(number)
+    held.touch()
     said = finish(process)
     assert said.status == status, said
     said.line(
-        f"stopped by {number.name} at generation 0, step ",
-        ": saved; continue with `ban-fast train --out 'a run' --resume`",
+        f"stopped by {number.name} at generation 0, step 7: saved; "
+        "continue with `ban-fast train --out 'a run' --resume`",
     )
     assert (tmp_path / "a run" / "generation-0" / "state.pt").exists()
     if number == signal.SIGINT:
         resumed = finish(start("train", "--out", "a run", "--resume"))
         assert (resumed.status, resumed.err) == (0, ""), resumed
-        assert finish(start("train", *LONG, "--out", "whole")).status == 0
+        assert finish(start("train", *SHORT, "--out", "whole")).status == 0
         for generation in ("generation-0", "generation-1"):
             weights = (tmp_path / "a run" / generation / "model.safetensors").read_bytes()
             assert weights == (tmp_path / "whole" / generation / "model.safetensors").read_bytes()
 
 
-def test_a_second_signal_leaves_at_once(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_MODEL.replace("SECONDS", "60"))
-    process = start("train", "--model", "slow:Slow", "--out", "run", env={"PYTHONPATH": str(tmp_path)})
-    wait_for(process, "working")
+@pytest.mark.usefixtures("held")
+def test_a_second_signal_leaves_at_once(start: Start) -> None:
+    process = start("train", *SHORT, "--out", "run")
+    wait_for(process, "waiting")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None, "the first waits for the step"
+    wait_for(process, "heeded")  # and goes on: the first waits for the step
     process.send_signal(signal.SIGINT)
     said = finish(process)
     assert said.status == 130
@@ -91,37 +106,38 @@ def test_a_signal_during_imports(start: Start, tmp_path: Path, number: signal.Si
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_during_evaluation(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_MODEL.replace("SECONDS", "0"))
-    env = {"PYTHONPATH": str(tmp_path)}
-    short = ("--model", "slow:Slow", "--max-steps", "2", "--generations", "0", "--limit-test", "64")
-    assert finish(start("train", *short, "--out", "run", env=env)).status == 0
-    (tmp_path / "slow.py").write_text(SLOW_MODEL.replace("SECONDS", "60"))
+def test_a_signal_during_evaluation(start: Start, tmp_path: Path, held: Path) -> None:
+    held.touch()
+    short = ("--model", "held:Held", "--max-steps", "2", "--generations", "0")  # with 360 test images, two batches
+    assert finish(start("train", *short, "--out", "run")).status == 0
+    held.unlink()
+    (tmp_path / "held.py").write_text(HELD.replace("steps == 7", "steps == 1"))
     before = tree(tmp_path / "run")
-    process = start("evaluate", "run", env=env)
-    wait_for(process, "working")
+    process = start("evaluate", "run")
+    wait_for(process, "waiting")
     process.send_signal(signal.SIGINT)
     said = finish(process)
     assert said.status == 130
-    said.only_line("stopped by SIGINT")
+    said.line("stopped by SIGINT")
     assert tree(tmp_path / "run") == before
 
 
-def test_a_reader_that_leaves_does_not_end_the_training(start: Start, tmp_path: Path) -> None:
-    process = start("train", *LONG, "--out", "run")
+def test_a_reader_that_leaves_does_not_end_the_training(start: Start, tmp_path: Path, held: Path) -> None:
+    process = start("train", *SHORT, "--out", "run")
     assert process.stdout is not None
     assert process.stderr is not None
-    process.stdout.readline()
+    wait_for(process, "waiting")
     process.stdout.close()
+    held.touch()
     assert process.stderr.read() == ""
-    process.wait(timeout=120)
+    process.wait()
     assert (tmp_path / "run" / "generation-1" / "model.safetensors").exists()
 
 
 def test_a_full_device_on_stdout(start: Start) -> None:
     with open("/dev/full", "w") as full:
         process = start("info", stdout=full)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
     said = Said(process.returncode, "", err)
     said.mistake("No space left on device")
 
@@ -149,7 +165,7 @@ def test_a_full_disk(start: Start, tmp_path: Path, limit: int) -> None:
 
 def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start, tmp_path: Path) -> None:
     master, slave = pty.openpty()
-    process = start("train", *LONG, "--out", "run", stderr=slave, env={"TERM": "xterm", "COLUMNS": "100"})
+    process = start("train", *SMALL, "--out", "run", stderr=slave, env={"TERM": "xterm", "COLUMNS": "100"})
     os.close(slave)
     shown = b""
     while True:
@@ -160,7 +176,7 @@ def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start
         if not piece:
             break
         shown += piece
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=600)
     os.close(master)
     assert process.returncode == 0
     assert b"images/s" in shown
@@ -194,7 +210,7 @@ def test_nobody_listens(start: Start, tmp_path: Path) -> None:
     """stdout closed by who started the command: all is done, and nothing is said about it."""
     assert finish(start("train", *SMALL, "--out", "run")).status == 0
     process = start("report", "run", stdout=None, preexec_fn=lambda: os.close(1))
-    assert (process.communicate(timeout=120)[1], process.returncode) == ("", 0)
+    assert (process.communicate(timeout=600)[1], process.returncode) == ("", 0)
     assert len(list((tmp_path / "run" / "report").iterdir())) == 3
 
 

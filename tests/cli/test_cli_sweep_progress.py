@@ -1,12 +1,15 @@
 """What a sweep says of its runs, told by hand."""
 
 import io
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from ban_fast.cli import sweep_progress
 from ban_fast.cli.signals import Signals
 from ban_fast.cli.sweep_progress import SweepBars, SweepNarrator
 from ban_fast.config import Config
@@ -34,21 +37,27 @@ def tell(narrator: SweepNarrator, study: Study) -> None:
     narrator.run_ended(cwtm, Outcome(kind="mistake", text="lower --lr"), False)
 
 
-def test_one_line_a_run(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_a_run(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is from begin to end, of a clock that goes on by 1.5 s whenever it is looked at."""
+    clock = itertools.count(step=1.5)
+    monkeypatch.setattr(sweep_progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with SweepNarrator(Signals(), tmp_path, "go on") as narrator:
         tell(narrator, study)
     assert capsys.readouterr().out.splitlines() == [
         f"3 runs, 1 of them for a teacher that several share, in {tmp_path}; 1 done before",
         "objective=ban,seed=0: note: another footing",
         "[1/3] objective=ban,seed=0: killed by SIGKILL; trying again from its checkpoint",
-        "[2/3] objective=ban,seed=0: done in 0.0 s",
+        "[2/3] objective=ban,seed=0: done in 1.5 s",
         "[3/3] objective=cwtm,seed=0: failed: lower --lr",
     ]
     assert narrator.counts() == "2 of 3 runs done, 1 failed"
 
 
-def test_bars(study: Study, tmp_path: Path) -> None:
+def test_bars(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same lines above them, and how many are done, running and failed."""
+    monkeypatch.setenv("TERM", "xterm")  # rich draws no bars where it is "dumb"
     out = io.StringIO()
     with SweepBars(Signals(), tmp_path, "go on", Console(file=out, force_terminal=True, width=100)) as narrator:
         tell(narrator, study)

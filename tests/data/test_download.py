@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import shutil
+import socket
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -171,8 +172,11 @@ def test_a_status_that_is_no_success(
 
 def test_no_network(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, archive: bytes) -> None:
     published = publish(server, monkeypatch, archive)
-    monkeypatch.setitem(cifar.CIFAR, "cifar10", dataclasses.replace(published, url="http://127.0.0.1:9/cifar10.tar.gz"))
-    refused(tmp_path, "cannot download http://127.0.0.1:9/cifar10.tar.gz: .*refused.*; check the network")
+    with socket.socket() as nobody:  # a port that is taken, and where nobody listens
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/cifar10.tar.gz"
+        monkeypatch.setitem(cifar.CIFAR, "cifar10", dataclasses.replace(published, url=url))
+        refused(tmp_path, f"cannot download {url}: .*refused.*; check the network")
 
 
 def test_a_server_that_falls_silent(

@@ -1,6 +1,7 @@
 """What the tests of the command share: what a call left behind, small runs, snapshots of a directory."""
 
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,14 @@ def finish(process: "subprocess.Popen[str]") -> Said:
     """Wait for it; not for ever, but on a machine that has much else to do."""
     out, err = process.communicate(timeout=1200)
     return Said(process.returncode, out, err)
+
+
+def await_there(path: Path, process: "subprocess.Popen[str]") -> None:
+    """Until the process, which makes it, has done so."""
+    while not path.exists():
+        has_ended = process.poll() is not None
+        assert path.exists() or not has_ended, process.communicate()
+        time.sleep(0.01)
 
 
 def tree(directory: Path) -> dict[str, bytes]:

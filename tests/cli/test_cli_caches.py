@@ -7,15 +7,33 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_calls import SMALL, Said, Start, finish, tree
+from cli_calls import SMALL, Said, Start, await_there, finish, tree
 
 # 20 epochs show some 90 % of 9 views of 128 images: over 1,000 rows, 41 KB of room for the first 1,024 of them alone.
-KEPT = (*SMALL, "--epochs", "20", "--teacher", "cache", "--cache-dir")
+KEPT = (*SMALL[2:], "--model", "held:Held", "--epochs", "20", "--teacher", "cache", "--cache-dir")
+HELD = """
+import os, time
+from pathlib import Path
+from torch import nn
+
+class Held(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+    def forward(self, x):
+        if "HOLD" in os.environ and self.training and any(path.stat().st_size for path in Path().glob("*/*/index.bin")):
+            Path("held").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
+        return self.layers(x)
+"""
+"""With HOLD set, a student waits for a file `go` as soon as some of its teacher's rows are there, and says so."""
+
 ROOM = 40_000
 """Bytes of a file: enough for any other."""
 
@@ -30,9 +48,15 @@ def figures(run: Path) -> Any:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a run comes to whose cache has room."""
     place = tmp_path_factory.mktemp("whole")
+    (place / "held.py").write_text(HELD)
     command = [sys.executable, "-m", "ban_fast", "train", *KEPT, "caches", "--out", "run"]
     subprocess.run(command, cwd=place, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
     return figures(place / "run")
+
+
+@pytest.fixture(autouse=True)
+def network(tmp_path: Path) -> None:
+    (tmp_path / "held.py").write_text(HELD)
 
 
 def resumed(start: Start, *more: str) -> Said:
@@ -102,16 +126,14 @@ def test_a_cache_cut_short_between_two_sessions(start: Start, tmp_path: Path, wh
 @pytest.mark.slow
 def test_two_runs_at_once(start: Start, tmp_path: Path, whole: Any) -> None:
     """Who insists on the cache is told; who doesn't goes on without it, to the same bits."""
-    first = start("train", *KEPT, "caches", "--out", "first")
-    await_rows(tmp_path / "caches")
-    first.send_signal(signal.SIGSTOP)
+    first = held(start, tmp_path, "first")
     second = finish(start("train", *KEPT, "caches", "--out", "run"))
     assert second.status == 2
     second.line("is in use by another process: wait for it, or choose another --cache-dir; --resume takes either")
     third = finish(start("train", *KEPT, "caches", "--out", "third", "--teacher", "auto"))
     assert (third.status, third.err) == (0, "")
     assert "teacher live: another process uses its cache in" in third.out
-    first.send_signal(signal.SIGCONT)
+    (tmp_path / "go").touch()
     assert finish(first).status == 0
     said = resumed(start)
     assert "100% of these are kept already: 100% fewer forward passes than live" in said.out
@@ -120,16 +142,14 @@ def test_two_runs_at_once(start: Start, tmp_path: Path, whole: Any) -> None:
 
 def stop_with_rows(start: Start, home: Path) -> None:
     """A run in `home` that was told to stop when it had some rows."""
-    process = start("train", *KEPT, "caches", "--out", "run")
-    await_rows(home / "caches")
+    process = held(start, home, "run")
     process.send_signal(signal.SIGTERM)
+    (home / "go").touch()
     assert finish(process).status == 143
 
 
-def await_rows(caches: Path) -> None:
-    """Until some were written."""
-    deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in caches.glob("*/index.bin")):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    assert os.listdir(caches)
+def held(start: Start, home: Path, out: str) -> "subprocess.Popen[str]":
+    """A run in `home` that has some rows, and waits."""
+    process = start("train", *KEPT, "caches", "--out", out, env={"HOLD": "1"})
+    await_there(home / "held", process)
+    return process

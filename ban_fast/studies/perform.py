@@ -33,7 +33,8 @@ def perform(directory: Path, name: str, stop: threading.Event, notes: list[str])
                 should_stop=stop.is_set,
             )
             return
-        except InUse:
+        except InUse as busy:
+            observer.waits(str(busy))
             # Once training has begun it is a teacher's cache, which another run reads or fills: that run will end.
             if not observer.has_begun and time.monotonic() > until:
                 raise
@@ -48,6 +49,13 @@ class _Teller(Observer):
     def __init__(self, notes: list[str]) -> None:
         self.has_begun = False
         self._notes = notes
+        self._reason = ""
+
+    def waits(self, reason: str) -> None:
+        """Say for what, once."""
+        if reason != self._reason:
+            print(f"waits: {reason}", flush=True)
+        self._reason = reason
 
     def run_started(self, config: Config, plan: Plan) -> None:
         self.has_begun = True

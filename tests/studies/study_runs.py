@@ -10,29 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from held_networks import held
+
 from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig
 from ban_fast.studies import Outcome, Study, StudyObserver, StudyRun
+from ban_fast.studies.worker import _START
 from ban_fast.training import run
 
 
 def small(**changes: Any) -> Config:
-    """A teacher and a student on digits: a second, with many checkpoints in it."""
+    """A teacher and a student on digits, with a checkpoint after each step; they can be held at work."""
     values: dict[str, Any] = {
         "data": DataConfig(name="digits", limit_train=96, limit_test=48),
-        "model": ModelConfig(name="mlp-8"),
+        "model": ModelConfig(name="held_networks:Linear"),
         "optimizer": OptimizerConfig(lr=0.05),
         "generations": 1,
-        "epochs": 60,
+        "epochs": 6,
         "batch_size": 32,
         "device": "cpu",
-        "checkpoint_seconds": 0.05,
+        "checkpoint_seconds": 0.0,
     }
     return Config(**{**values, **changes})
-
-
-def lasting(axes: dict[str, list[Any]]) -> Study:
-    """A study of small runs that take some seconds each: a stop that is asked for meets them at work."""
-    return Study.vary(small(epochs=600), axes)
 
 
 def separately(study: Study, path: Path) -> None:
@@ -74,39 +72,72 @@ def workers(directory: Path) -> dict[str, int]:
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
             try:
-                words = (process / "cmdline").read_bytes().decode().split("\0")
+                words = os.fsdecode((process / "cmdline").read_bytes()).split("\0")
             except OSError:  # it has just ended
                 continue
-            if "ban_fast.studies.worker" in " ".join(words[:3]) and words[3] == str(directory):
+            if words[2:4] == [_START, str(directory)]:
                 found[words[4]] = int(process.name)
     return found
 
 
-def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
-    """Do something as soon as a condition holds, in a thread of its own; join it to see that it was done."""
+class Watch(threading.Thread):
+    """Does something as soon as a condition holds. `join` raises what went wrong."""
 
-    def watch() -> None:
-        until = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < until
-            time.sleep(0.002)
-        act()
+    def __init__(self, condition: Callable[[], object], act: Callable[[], object] = bool) -> None:
+        super().__init__()
+        self._condition, self._act = condition, act
+        self._error: BaseException | None = None
+        self.start()
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
+    def run(self) -> None:
+        until = time.monotonic() + 600
+        try:
+            while not self._condition():
+                assert time.monotonic() < until
+                time.sleep(0.002)
+            self._act()
+        except BaseException as error:
+            self._error = error
+
+    def join(self, timeout: float | None = None) -> None:
+        super().join(timeout)
+        if self._error is not None:
+            raise self._error
 
 
-def kill_at_work(directory: Path, name: str, *, its_starter: bool = False) -> threading.Thread:
-    """SIGKILL for a run's process, or who started it, once it has a checkpoint of generation 1."""
+def hold(directory: Path, *names: str) -> None:
+    """Let these runs of a study of `small` ones wait at work, as soon as they are `at_work`."""
+    for name in names:
+        file = held(directory, name)
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+
+
+def release(directory: Path, *names: str) -> None:
+    """Let them go on."""
+    for name in names:
+        held(directory, name).unlink()
+
+
+def at_work(directory: Path, *names: str) -> bool:
+    """Whether all of these have a checkpoint of generation 1."""
+    return all((directory / name / "generation-1" / "state.pt").exists() for name in names)
+
+
+def kill_at_work(directory: Path, name: str, *, its_starter: bool = False) -> Watch:
+    """SIGKILL for a run's process, or who started it, in the midst of generation 1. To be called before it begins."""
 
     def kill() -> None:
-        process = workers(directory)[name]
-        if its_starter:
-            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(process, signal.SIGKILL)
+        try:
+            process = workers(directory)[name]
+            if its_starter:
+                process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(process, signal.SIGKILL)
+        finally:
+            release(directory, name)
 
-    return when((directory / name / "generation-1" / "state.pt").exists, kill)
+    hold(directory, name)
+    return Watch(lambda: at_work(directory, name), kill)
 
 
 class Heard(StudyObserver):

@@ -4,11 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from study_runs import Heard, footprints, kill_at_work, lasting, separately, small, when, workers
+from study_runs import Heard, Watch, at_work, footprints, hold, kill_at_work, release, separately, small, workers
 
 from ban_fast.config import TeacherConfig
 from ban_fast.errors import UserError
@@ -26,7 +27,6 @@ def study() -> Study:
 @pytest.fixture(scope="module")
 def expected(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Each run by itself, with one thread, as the pool's are asked to have."""
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("separate")
     separately(study, path)
     return footprints(study, path)
@@ -53,22 +53,18 @@ def test_a_worker_that_is_killed_goes_on_and_all_are_what_separate_runs_are(
 
 
 @pytest.mark.slow
-def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
+def test_stopped_and_gone_on_with(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
     """All save themselves; what is finished is not begun again, also where only the results are left to collect."""
-    study, out = lasting({"objective.name": ["ban", "cwtm"]}), tmp_path / "study"
-    torch.set_num_threads(1)
-    separately(study, tmp_path / "separate")
-    expected = footprints(study, tmp_path / "separate")
-    begun = out / BAN / "generation-1" / "state.pt"
+    out, students = tmp_path / "study", (BAN, CWTM)
+    hold(out, *students)
     with pytest.raises(Interrupted):
-        run_study(study, out, workers=2, cpus_per_run=1, should_stop=begun.exists)
+        run_study(study, out, workers=2, cpus_per_run=1, should_stop=lambda: at_work(out, *students))
     assert workers(out) == {}
+    release(out, *students)
     heard = Heard()
     assert run_study(None, out, workers=1, cpus_per_run=1, resume=True, observer=heard) == {}
-    left = {BAN, CWTM} - heard.before  # processes begin at their own pace: one student may have been done
-    assert heard.before >= {TEACHER}
-    assert left
-    assert sorted(heard.started) == [(name, 1) for name in sorted(left)]
+    assert heard.before == {TEACHER}
+    assert sorted(heard.started) == [(BAN, 1), (CWTM, 1)]
     assert footprints(study, out) == expected
     again = Heard()
     assert run_study(study, out, resume=True, observer=again) == {}
@@ -79,14 +75,11 @@ def test_stopped_and_gone_on_with(tmp_path: Path) -> None:
 def test_a_starter_that_is_killed(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
     """Its runs save themselves and end; who resumes at once waits for them."""
     out = tmp_path / "study"
-    study.save(_made(out))
-    code = (
-        f"from ban_fast.studies import run_study; run_study(None, {str(out)!r}, workers=2, cpus_per_run=1, resume=True)"
-    )
-    starter = subprocess.Popen([sys.executable, "-c", code])
-    begun = out / CWTM / "generation-1" / "state.pt"
-    when(begun.exists, starter.kill).join()
-    assert starter.wait() == -signal.SIGKILL
+    hold(out, CWTM)
+    with _starter(study, out) as starter:
+        Watch(lambda: at_work(out, CWTM)).join()
+    assert starter.returncode == -signal.SIGKILL
+    release(out, CWTM)
     assert run_study(None, out, workers=2, cpus_per_run=1, resume=True) == {}
     assert footprints(study, out) == expected
 
@@ -94,14 +87,12 @@ def test_a_starter_that_is_killed(study: Study, expected: dict[str, object], tmp
 @pytest.mark.slow
 def test_two_starters_of_one_study(study: Study, tmp_path: Path) -> None:
     out = tmp_path / "study"
-    study.save(_made(out))
-    starter = _starter(out)
-    when((out / TEACHER / "config.json").exists, lambda: None).join()
-    with pytest.raises(UserError, match=r"is in use by another process: wait for it, or choose another --out"):
-        run_study(None, out, resume=True)
-    starter.kill()
-    starter.wait()
-    when(lambda: not workers(out), lambda: None).join()
+    hold(out, BAN, CWTM)
+    with _starter(study, out):
+        Watch(lambda: at_work(out, BAN, CWTM)).join()
+        with pytest.raises(UserError, match=r"is in use by another process: wait for it, or choose another --out"):
+            run_study(None, out, resume=True)
+    Watch(lambda: not workers(out)).join()
 
 
 @pytest.mark.slow
@@ -127,24 +118,39 @@ def test_one_that_always_fails_does_not_end_the_others(tmp_path: Path, monkeypat
 def test_a_cache_that_one_run_holds_is_waited_for(tmp_path: Path) -> None:
     """Two students of one teacher at once, who are to keep its outputs in one place: neither fails, both use them.
 
-    Both learn from logits, so that there is one cache whoever begins first: CWTM alone would keep confidences.
+    Both learn from logits, so that there is one cache whoever begins first: CWTM alone would keep confidences. The
+    first goes on once the other has found it in use.
     """
     kept = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "cache"))
     study = Study.vary(small(teacher=kept), {"objective.name": ["ban", "dkpp"]})
-    assert run_study(study, tmp_path / "study", workers=2, cpus_per_run=1) == {}
+    out, students = tmp_path / "study", (BAN, "objective=dkpp,seed=0")
+    logs = [out / "logs" / f"{name}.txt" for name in students]
+    hold(out, *students)
+    waits = Watch(
+        lambda: any(log.exists() and "is in use by another process" in log.read_text() for log in logs),
+        lambda: release(out, *students),
+    )
+    assert run_study(study, out, workers=2, cpus_per_run=1) == {}
+    waits.join()
     forwards = []
-    for name in (BAN, "objective=dkpp,seed=0"):
-        results = json.loads((tmp_path / "study" / name / "results.json").read_text())
+    for name in students:
+        results = json.loads((out / name / "results.json").read_text())
         forwards.append(results["generations"][1]["teacher"]["forward_images"])
-    assert min(forwards) < max(forwards), "the second found rows of the first"
+    assert min(forwards) == 0 < max(forwards), "the second found rows of the first"
 
 
-def _made(path: Path) -> Path:
-    path.mkdir()
-    return path
-
-
-def _starter(out: Path) -> "subprocess.Popen[bytes]":
-    """A process that executes the study in a directory."""
-    code = "import sys; from ban_fast.studies import run_study; run_study(None, sys.argv[1], workers=2, resume=True)"
-    return subprocess.Popen([sys.executable, "-c", code, str(out)])
+@contextmanager
+def _starter(study: Study, out: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process that executes the study; at the block's end it is killed."""
+    out.mkdir()
+    study.save(out)
+    code = (
+        "import sys; out, *sys.path[:] = sys.argv[1:]; from ban_fast.studies import run_study; "
+        "run_study(None, out, workers=2, cpus_per_run=1, resume=True)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code, str(out), *sys.path])
+    try:
+        yield starter
+    finally:
+        starter.kill()
+        starter.wait()

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from study_runs import Heard, footprints, kill_at_work, lasting, separately, small, workers
+from study_runs import Heard, at_work, footprints, hold, kill_at_work, release, separately, small, workers
 
 from ban_fast.errors import UserError
 from ban_fast.studies import Study, run_study
@@ -25,7 +24,6 @@ def study() -> Study:
 
 @pytest.fixture(scope="module")
 def expected(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("separate")
     separately(study, path)
     return footprints(study, path)
@@ -33,12 +31,22 @@ def expected(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture(scope="module")
 def _cluster() -> Iterator[None]:
-    """Two CPUs, whatever the machine has."""
+    """Two CPUs and little memory, whatever the machine has; where others use nearly all of it, no task is ended."""
     import ray
 
-    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")
+        patch.setenv("RAY_gcs_server_port_wait_time_s", "300")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            num_gpus=0,
+            object_store_memory=10**8,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.mark.usefixtures("_cluster")
@@ -59,16 +67,14 @@ def test_half_a_cpu_each_and_two_are_killed(study: Study, expected: dict[str, ob
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_stopped_and_gone_on_with_elsewhere(tmp_path: Path) -> None:
+def test_stopped_and_gone_on_with_elsewhere(study: Study, expected: dict[str, object], tmp_path: Path) -> None:
     """What Ray began, a local pool ends."""
-    study, out = lasting({"objective.name": ["ban", "dkpp"]}), tmp_path / "study"
-    torch.set_num_threads(1)
-    separately(study, tmp_path / "separate")
-    expected = footprints(study, tmp_path / "separate")
-    begun = out / study.runs[1].name / "generation-1" / "state.pt"
+    out, students = tmp_path / "study", [run.name for run in study.runs[1:]]
+    hold(out, *students)
     with pytest.raises(Interrupted):
-        run_study(study, out, engine="ray", workers=2, cpus_per_run=0.25, should_stop=begun.exists)
+        run_study(study, out, engine="ray", workers=2, cpus_per_run=0.25, should_stop=lambda: at_work(out, *students))
     assert workers(out) == {}
+    release(out, *students)
     assert run_study(None, out, engine="local", workers=2, cpus_per_run=1, resume=True) == {}
     assert footprints(study, out) == expected
 

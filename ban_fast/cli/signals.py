@@ -6,7 +6,7 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
-from .ranks import is_first
+from .ranks import is_first, is_one_of_several
 
 Answer = Literal["exit", "raise", "ask"]
 
@@ -34,7 +34,7 @@ class Signals:
         """What the line says after "stopped by SIGINT"."""
         self._previous: dict[int, Any] = {}
         self._pid = os.getpid()
-        self._is_silent = not is_first()
+        self._is_one_of_several, self._is_first = is_one_of_several(), is_first()
         self._is_elsewhere = False
 
     def __enter__(self) -> "Signals":
@@ -84,6 +84,8 @@ class Signals:
             raise Stopped
         if sys.stderr.isatty():
             os.write(2, b"\x1b[?25h\n")  # the progress bar may have hidden the cursor
-        if not self._is_silent:
+        # Before training begins torchrun sends SIGTERM to those that outlive another, which has said why.
+        is_torchruns = self._is_one_of_several and number == signal.SIGTERM and self.answer == "exit"
+        if self._is_first and not is_torchruns:
             os.write(2, f"ban-fast: {self.line()}\n".encode())
         os._exit(self.status)

@@ -93,17 +93,37 @@ def test_a_second_signal_leaves_at_once(start: Start) -> None:
     said.line("stopped by SIGINT at once", "ban-fast train --out run --resume")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_imports(start: Start, tmp_path: Path, number: signal.Signals, status: int) -> None:
+@pytest.fixture
+def importing(start: Start, tmp_path: Path) -> Start:
+    """The command as a process, with an environment of its own, that doesn't come to the end of importing torch."""
     (tmp_path / "library").mkdir()
-    (tmp_path / "library" / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    process = start("train", "--out", "run", env={"PYTHONPATH": str(tmp_path / "library")})
-    wait_for(process, "importing")
+    (tmp_path / "library" / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    path = os.pathsep.join([str(tmp_path / "library"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def begin(**environment: str) -> "subprocess.Popen[str]":
+        process = start("train", "--out", "run", env={"PYTHONPATH": path, **environment})
+        wait_for(process, "importing")
+        return process
+
+    return begin
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_imports(importing: Start, tmp_path: Path, number: signal.Signals, status: int) -> None:
+    process = importing()
     process.send_signal(number)
     said = finish(process)
     assert said.status == status
     said.only_line(f"stopped by {number.name} before training began")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_torchrun_ends_before_training_says_nothing(importing: Start) -> None:
+    """Another of its processes has: one that was quicker to find what is wrong."""
+    process = importing(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    process.send_signal(signal.SIGTERM)
+    said = finish(process)
+    assert (said.status, said.err) == (143, "")
 
 
 def test_a_signal_during_evaluation(start: Start, tmp_path: Path, held: Path) -> None:

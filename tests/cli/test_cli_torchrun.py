@@ -8,14 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from cli_calls import SMALL, tree
+from cli_calls import SMALL, await_there, tree
 
 from ban_fast.config import Config, DataConfig, ModelConfig, OptimizerConfig
 
@@ -24,26 +23,30 @@ import os, time
 from pathlib import Path
 from torch import nn
 
-class Slow(nn.Module):
+class Held(nn.Module):
     def __init__(self, num_classes, in_channels):
         super().__init__()
         Path(f"pid-{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
     def forward(self, x):
-        time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
+        if "HOLD" in os.environ and self.training and any(Path().glob("**/generation-1/state.pt")):
+            Path("held").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
         return self.layers(x)
 """
+"""With HOLD set, it waits for a file `go` when there is a checkpoint of a student to go on from, and says so."""
 
 Torchrun = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def torchrun(tmp_path: Path) -> Torchrun:
-    """torchrun with its options before "--", the command's after, as a process, in a directory with a slow network."""
-    (tmp_path / "slow.py").write_text(NETWORK)
+def torchrun(tmp_path: Path, port: int) -> Torchrun:
+    """torchrun with its options before "--", the command's after, as a process, in a directory with a network."""
+    (tmp_path / "held.py").write_text(NETWORK)
     settings = Config(
         data=DataConfig(limit_train=128, limit_test=64),
-        model=ModelConfig(name="slow:Slow"),
+        model=ModelConfig(name="held:Held"),
         optimizer=OptimizerConfig(lr=0.05),
         generations=1,
         epochs=5,
@@ -52,47 +55,43 @@ def torchrun(tmp_path: Path) -> Torchrun:
     )
     (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
 
-    def start(*words: str, ranks: int = 2, seconds: float = 0.0) -> "subprocess.Popen[str]":
+    def start(*words: str, ranks: int = 2, hold: bool = False) -> "subprocess.Popen[str]":
         cut = words.index("--")
         options = ("--nproc-per-node", str(ranks), *words[:cut])
         if "--rdzv-endpoint" not in options:
-            options = ("--master-port", str(free_port()), *options)
+            options = ("--master-port", str(port), *options)
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *options, "-m", "ban_fast", *words[cut + 1 :]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "STEP_SECONDS": str(seconds)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **({"HOLD": "1"} if hold else {})},
         )
 
     return start
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port for a store of torchrun's. Bound as it binds it, so that it may, and no connection is given that port."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[str, list[str], str]:
     """What it printed; the command's lines on stderr; all of stderr, with torchrun's report."""
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=1200)
     return out, [line for line in err.splitlines() if line.startswith("ban-fast: ")], err
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def kill(rank: int, number: signal.Signals, process: "subprocess.Popen[str]", directory: Path) -> None:
-    """Send a rank a signal, when there is a checkpoint of a student to go on from."""
-    wait_for((directory / "run" / "generation-1" / "state.pt").exists, process)
+    """Send a signal to a rank of a run that was to hold; then it goes on."""
+    await_there(directory / "held", process)
     os.kill(int((directory / f"pid-{rank}").read_text()), number)
+    (directory / "go").touch()
 
 
 def weights(directory: Path) -> list[dict[str, torch.Tensor]]:
@@ -110,29 +109,33 @@ def test_a_mistake_is_said_once_and_ends_all(torchrun: Torchrun, tmp_path: Path)
     out, lines, err = ended(torchrun("--", "train", *SMALL, "--batch-size", "1", "--out", "run"))
     assert lines == ["ban-fast: --batch-size: 1 images can't be shared by 2 processes: use fewer, or a larger batch"]
     assert out == ""
-    assert re.findall(r"exitcode +: (-?\d+)", err) == ["2", "2"], err
+    codes = set(re.findall(r"exitcode +: (-?\d+)", err))
+    assert "2" in codes, err
+    assert codes <= {"2", "143"}, "torchrun ends whoever comes to it later than the other"
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_one_process_goes_on(torchrun: Torchrun, tmp_path: Path) -> None:
     """Two processes, then one, then four: the weights of one process from beginning to end."""
-    process = torchrun("--", "train", "--config", "config.json", "--out", "run", seconds=0.03)
+    process = torchrun("--", "train", "--config", "config.json", "--out", "run", hold=True)
     kill(1, signal.SIGTERM, process, tmp_path)
     _, lines, _ = ended(process)
     (line,) = lines
     assert re.search(
         r"stopped by (SIGTERM|a signal to another of its processes) at generation 1, step \d+: saved", line
     )
+    for name in ("held", "go"):
+        (tmp_path / name).unlink()
     command = [sys.executable, "-m", "ban_fast", "train"]
     resume = ["--out", "run", "--resume"]
-    environment = {**os.environ, "STEP_SECONDS": "0.05", "OMP_NUM_THREADS": "1"}  # as torchrun's processes have
+    environment = {**os.environ, "HOLD": "1", "OMP_NUM_THREADS": "1"}  # as torchrun's processes have
     alone = subprocess.Popen([*command, *resume], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment)
-    state = tmp_path / "run" / "generation-1" / "state.pt"
-    before = state.stat().st_ino
-    wait_for(lambda: state.stat().st_ino != before, alone)
+    await_there(tmp_path / "held", alone)
     alone.send_signal(signal.SIGINT)
-    assert "resumed on another footing (processes 2 then, 1 now" in alone.communicate(timeout=120)[0]
+    (tmp_path / "go").touch()
+    assert "resumed on another footing (processes 2 then, 1 now" in alone.communicate(timeout=1200)[0]
+    assert alone.returncode == 130
     out, lines, err = ended(torchrun("--", "train", *resume, ranks=4))
     assert (lines, "BAN-1" in out) == ([], True), err
     subprocess.run(
@@ -144,7 +147,7 @@ def test_a_signal_to_one_stops_all_and_one_process_goes_on(torchrun: Torchrun, t
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_is_killed_ends_the_run_with_a_line(torchrun: Torchrun, tmp_path: Path, rank: int) -> None:
-    process = torchrun("--", "train", "--config", "config.json", "--out", "run", seconds=0.03)
+    process = torchrun("--", "train", "--config", "config.json", "--out", "run", hold=True)
     kill(rank, signal.SIGKILL, process, tmp_path)
     _, lines, _ = ended(process)
     assert lines == [
@@ -158,7 +161,7 @@ def test_one_that_is_killed_ends_the_run_with_a_line(torchrun: Torchrun, tmp_pat
 @pytest.mark.slow
 def test_torchrun_restarts_what_was_killed(torchrun: Torchrun, tmp_path: Path) -> None:
     words = ("train", "--config", "config.json", "--out")
-    process = torchrun("--max-restarts", "1", "--", *words, "run", seconds=0.03)
+    process = torchrun("--max-restarts", "1", "--", *words, "run", hold=True)
     kill(1, signal.SIGKILL, process, tmp_path)
     out, _, err = ended(process)
     assert process.returncode == 0, err
@@ -174,15 +177,15 @@ def test_a_run_that_was_named_after_the_time_is_restarted_too(torchrun: Torchrun
     def begun() -> list[Path]:
         return list(tmp_path.glob("runs/*/generation-1/state.pt"))
 
-    process = torchrun("--max-restarts", "1", "--", "train", "--config", "config.json", seconds=0.03)
-    wait_for(lambda: bool(begun()), process)
+    process = torchrun("--max-restarts", "1", "--", "train", "--config", "config.json", hold=True)
+    await_there(tmp_path / "held", process)
     (state,) = begun()
-    inode = state.stat().st_ino
-    os.kill(int((tmp_path / "pid-0").read_text()), signal.SIGKILL)
+    before = state.stat().st_mtime_ns
+    kill(0, signal.SIGKILL, process, tmp_path)
     out, (line,), err = ended(process)
     assert process.returncode == 0, err
     assert [state] == begun()
-    assert state.stat().st_ino != inode
+    assert state.stat().st_mtime_ns > before
     assert f"continue with `ban-fast train --out {state.parents[1].relative_to(tmp_path)} --resume`" in line
     assert out.count("teacher  test") == 1, "trained once"
 
@@ -223,7 +226,7 @@ def test_what_happens_while_python_is_torn_down_fails_no_run(torchrun: Torchrun,
 
 
 @pytest.mark.slow
-def test_two_machines(torchrun: Torchrun, tmp_path: Path) -> None:
+def test_two_machines(torchrun: Torchrun, tmp_path: Path, port: int) -> None:
     """Two agents that find each other by a rendezvous on the loopback, one process each."""
     meeting = (
         "--nnodes",
@@ -233,7 +236,7 @@ def test_two_machines(torchrun: Torchrun, tmp_path: Path) -> None:
         "--rdzv-id",
         "1",
         "--rdzv-endpoint",
-        f"127.0.0.1:{free_port()}",
+        f"127.0.0.1:{port}",
     )
     words = (*meeting, "--local-addr", "127.0.0.1", "--", "train", "--config", "config.json", "--out", "run")
     agents = [torchrun(*words, ranks=1) for _ in range(2)]
@@ -246,7 +249,7 @@ def test_two_machines(torchrun: Torchrun, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_script_of_several_runs(tmp_path: Path) -> None:
+def test_a_script_of_several_runs(tmp_path: Path, port: int) -> None:
     """Each joins anew, whoever of them comes first."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -262,8 +265,8 @@ def test_a_script_of_several_runs(tmp_path: Path) -> None:
         "    error = run(config).generations[0]['test']['error']\n"
         f"Path({str(tmp_path)!r}, 'error-' + os.environ['RANK']).write_text(str(error))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=1200, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "error-0").read_text() == (tmp_path / "error-1").read_text()

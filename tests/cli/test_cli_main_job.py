@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from cli_calls import Start, finish
+from cli_calls import Start, await_there, finish
 from matplotlib.image import imread
 
 CIFAR = (
@@ -19,9 +18,7 @@ CIFAR = (
 @pytest.mark.slow
 def test_the_demo(start: Start, tmp_path: Path) -> None:
     """Two commands after a clone: what they show is honest, a teacher that has learned and students beside it."""
-    begin = time.monotonic()
     said = finish(start("train", env={"OMP_NUM_THREADS": "2"}))
-    seconds = time.monotonic() - begin
     assert (said.status, said.err) == (0, "")
     (run,) = (tmp_path / "runs").iterdir()
     results = json.loads((run / "results.json").read_text())
@@ -31,7 +28,6 @@ def test_the_demo(start: Start, tmp_path: Path) -> None:
     assert [record["members"] for record in results["ensembles"]] == [[1, 2], [1, 2], [1, 2, 3], [1, 2, 3]]
     for name in ("teacher", "BAN-1", "BAN-2", "BAN-3", "BAN-1+2+3"):
         assert name in said.out
-    assert seconds < 300, "about a minute where the machine has nothing else to do"
 
 
 @pytest.fixture
@@ -46,11 +42,7 @@ def cifar() -> str:
 def test_cifar_100_killed_resumed_and_reported(start: Start, tmp_path: Path, cifar: str) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     process = start(*CIFAR, "--data-dir", cifar, "--out", run)
-    deadline = time.monotonic() + 240
-    while not (run / "generation-0" / "model.safetensors").exists():  # killed as it begins with the first student
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    await_there(run / "generation-0" / "model.safetensors", process)  # killed as it begins with the first student
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

@@ -67,7 +67,7 @@ def test_what_a_living_process_has_is_left_alone(writer: Writer, tmp_path: Path)
     (living,) = unfinished(tmp_path)
     files = data.prepare_ffcv("digits", tmp_path)
     assert unfinished(tmp_path) == {living}
-    process.communicate("", timeout=60)
+    process.communicate("", timeout=600)
     assert process.returncode == 0
     assert sorted(tmp_path.iterdir()) == sorted(files)
 

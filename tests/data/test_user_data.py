@@ -177,7 +177,7 @@ class TestWrappedDataLoader:
         next(epoch)
         (worker,) = set(multiprocessing.active_children()) - before
         del epoch
-        worker.join(10)
+        worker.join(600)
         assert not worker.is_alive()
 
     @pytest.mark.parametrize(

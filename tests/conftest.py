@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # torch's OpenMP threads spin while they wait, and starve the processes that tests start on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -11,6 +13,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # before, is found again and computes something else: nothing that another run left is used.
 _COMPILED = tempfile.mkdtemp(prefix="compiled_by_tests_")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _COMPILED
+
+
+@pytest.fixture(autouse=True)
+def _the_same_draws() -> None:
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    import torch
+
+    torch.manual_seed(0)
 
 
 def pytest_unconfigure() -> None:

@@ -4,11 +4,10 @@ import importlib
 import json
 import subprocess
 import sys
-import timeit
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,12 +83,22 @@ def test_backends_by_name_on_the_cpu() -> None:
         dispatch.resolve("native", "kd", LOGITS.to("meta"))
 
 
-@pytest.mark.slow
 def test_resolving_is_cheap() -> None:
-    """0.45 us of the 40 us of a call at [128, 100]; the best of many, since other work comes between."""
-    logits = torch.empty(128, 100)
-    times = timeit.repeat(lambda: dispatch.resolve("auto", "kd", logits), number=1000, repeat=50)
-    assert min(times) < 2e-3
+    """0.35 us of the 65 us of a call at [128, 100]: from the second call of a kind on, sizes and a look-up."""
+    dispatch.resolve("auto", "kd", LOGITS)
+    called: list[str] = []
+
+    def hear(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(hear)
+    try:
+        dispatch.resolve("auto", "kd", LOGITS)
+    finally:
+        sys.setprofile(before)
+    assert called == ["resolve"]
 
 
 def test_unknown_names_are_refused() -> None:
@@ -160,7 +169,7 @@ def test_missing_native_falls_back_with_one_warning(modules: dict[str, Any]) -> 
     logits = torch.randn(3, 4)
     with pytest.warns(RuntimeWarning, match=r"plain PyTorch, slower \(native: there is no _native here\)") as caught:
         KDLoss()(logits, logits)
-    assert len(caught) == 1
+    assert len([each for each in caught if each.category is RuntimeWarning]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         KDLoss()(logits, logits)
@@ -188,7 +197,7 @@ def test_a_package_that_was_not_built_still_computes() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() not in ("", "None")
-    assert result.stderr.count("RuntimeWarning") == 1
+    assert result.stderr.count("RuntimeWarning: ban_fast computes losses") == 1
 
 
 def test_auto_on_the_cpu_never_imports_triton() -> None:

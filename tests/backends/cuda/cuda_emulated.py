@@ -65,9 +65,9 @@ def build(cache: Path, *options: str) -> Path:
             return str(target)
 
         objects = list(pool.map(compiled, [*sources(), *sorted(EMULATOR.glob("*.cpp"))]))
-        linked = directory / library.name
+        linked = cache / f"{directory.name}.{library.name}"
         subprocess.run([compiler, "-shared", *options, *objects, "-o", str(linked)], check=True)
-        shutil.move(linked, library)
+        linked.replace(library)  # at once: another run may look for it
     return library
 
 

@@ -51,56 +51,56 @@ def outcome(pid: int) -> int:
     return code
 
 
-def session(settings: Config, path: Path, arguments: dict[str, Any], log: Path) -> None:
+class Reined(Recorder):
+    """Writes a byte for each step, and makes no more than so many of them: then it waits, to be killed."""
+
+    def __init__(self, tell: int, most: int) -> None:
+        super().__init__()
+        self._tell, self._most = tell, most
+
+    def step(self, generation: int, done_steps: int) -> None:
+        super().step(generation, done_steps)
+        os.write(self._tell, b".")
+        while self.steps.total() == self._most:
+            signal.pause()
+
+
+def session(
+    settings: Config, path: Path, arguments: dict[str, Any], log: Path, observer: Recorder | None = None
+) -> None:
     """One try at the run: begin it, or go on with it. Its count of steps goes to `log`, if it lives that long."""
-    observer = Recorder()
+    observer = observer or Recorder()
     train = run_together if settings.students else run
     train(settings, out=path, resume=(path / "config.json").exists(), observer=observer, **arguments)
     done = sum(done for _, _, _, done in observer.started)
     skipped = observer.plan.finished * observer.plan.steps if observer.plan else 0
-    log.write_text(json.dumps({"steps": sum(observer.steps.values()), "done": done + skipped}))
+    log.write_text(json.dumps({"steps": observer.steps.total(), "done": done + skipped}))
 
 
 def killed_at_random(settings: Config, arguments: dict[str, Any], directory: Path, kills: int, seed: int) -> None:
-    """Kill a run `kills` times, each a random while after a random number of checkpoints.
+    """Kill a run `kills` times, each a random while after a random number of steps, with a checkpoint after each.
 
-    With a checkpoint after each of some 90 steps, 8 times 5 of them and a third of its time don't suffice to finish it.
+    All of them together may not make the steps of the whole run: so each is killed at work, however late that is.
     """
     log, path = directory / "log.json", directory / "killed"
     begin = time.monotonic()
     assert outcome(child(session, settings, directory / "whole", arguments, log)) == 0
     whole = time.monotonic() - begin
     total = json.loads(log.read_text())["steps"]
-    draw = random.Random(seed)
-    landed = 0
+    most, draw = (total - 1) // kills, random.Random(seed)
     for _ in range(kills):
-        pid = child(session, settings, path, arguments, log)
-        await_checkpoints(pid, path, draw.randint(0, 5))
+        told, tell = os.pipe()
+        pid = child(session, settings, path, arguments, log, Reined(tell, most))
+        os.close(tell)
+        for _ in range(draw.randint(0, most)):
+            os.read(told, 1)
         time.sleep(draw.uniform(0, whole / (3 * kills)))
         os.kill(pid, signal.SIGKILL)
-        if outcome(pid) == 0:
-            break
-        landed += 1
+        assert outcome(pid) == -signal.SIGKILL
+        os.close(told)
     log.unlink()
     assert outcome(child(session, settings, path, arguments, log)) == 0
-    print(json.dumps({"kills": landed, "total": total, "last": json.loads(log.read_text())}))
-
-
-def await_checkpoints(pid: int, path: Path, count: int) -> None:
-    """Return when the child has replaced its checkpoint `count` times, or is done."""
-    seen = stamps(path)
-    while count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        now = stamps(path)
-        if now != seen:
-            seen, count = now, count - 1
-        time.sleep(0.001)
-
-
-def stamps(path: Path) -> list[tuple[str, int]]:
-    found = []
-    for file in path.glob("**/generation-*/state.pt"):
-        found.append((str(file), file.stat().st_ino))
-    return sorted(found)
+    print(json.dumps({"total": total, "last": json.loads(log.read_text())}))
 
 
 def killed_at_each_operation(directory: Path, settings: Config) -> None:

@@ -66,7 +66,6 @@ def footprints(path: Path) -> dict[str, Any]:
 )
 def test_killed_at_random_moments(mode: str, tmp_path: Path) -> None:
     said = nursery(mode, tmp_path)
-    assert said["kills"] >= 3
     assert footprints(tmp_path / "killed") == footprints(tmp_path / "whole") != {}
     # The last session took up what was done, and did the rest and nothing else.
     assert said["last"]["done"] > 0

@@ -15,8 +15,7 @@ from ban_fast.training import Interrupted, run
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of generation 0 alone. One thread, as the tests: bits depend on it."""
-    torch.set_num_threads(1)
+    """A run of generation 0 alone."""
     path = tmp_path_factory.mktemp("adoption") / "teacher"
     run(config(generations=0), out=path, **own())
     return path

@@ -50,8 +50,7 @@ def footprints(students: tuple[str, ...], path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The three students' own runs. One thread, as the tests: bits depend on it."""
-    torch.set_num_threads(1)
+    """The three students' own runs."""
     return separate(THREE, tmp_path_factory.mktemp("separate"))
 
 

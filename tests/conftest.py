@@ -1,4 +1,4 @@
-"""Settings that must be made before torch is first imported."""
+"""Settings that must be made before torch, typer and rich are first imported."""
 
 import os
 import shutil
@@ -8,6 +8,10 @@ import pytest
 
 # torch's OpenMP threads spin while they wait, and starve the processes that tests start on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Where one of these is set, as some CI systems do, help and tables are coloured though they go to no terminal.
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_name, None)
 
 # Inductor keeps graphs on disk by what they call. One of a processor with wider vectors, or of operators as they were
 # before, is found again and computes something else: nothing that another run left is used.

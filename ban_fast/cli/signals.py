@@ -57,8 +57,12 @@ class Signals:
         return self.received is not None
 
     def follow(self) -> None:
-        """Training was interrupted: if not by a signal to this process, then by one to another of the same run."""
+        """Training was interrupted: if not by a signal to this process, then by one to another of the same run.
+
+        All is saved by then: torchrun's SIGTERM to those that outlive the first to end is no second signal.
+        """
         if self.received is None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.received, self._is_elsewhere = signal.SIGTERM, True
 
     @property

@@ -1,5 +1,7 @@
 """memory="shared" in fp32 and in half precision: as exact as plain, against fp64."""
 
+import math
+
 import pytest
 import torch
 from dense_shared_cases import assert_close, images, make, step
@@ -7,20 +9,22 @@ from torch import nn
 
 
 def test_fp32_is_as_exact_as_plain():
-    """Against fp64 from the same bits: both err by roundings; either may be the larger, by less than twice."""
-    truth = make("plain")
-    step(truth)
-    error = {}
-    for memory in ("plain", "shared"):
-        network = make(memory).float()
-        step(network, images().float())
-        differences = [
-            ((p.grad - q.grad).norm() / q.grad.norm()).item()
-            for p, q in zip(network.parameters(), truth.parameters(), strict=True)
-        ]
-        error[memory] = sum(differences) / len(differences)
-    assert error["plain"] < 1e-4  # the network is well conditioned: what follows says something
-    assert error["shared"] < 2 * error["plain"]
+    """Against fp64 from the same bits: both err by roundings, of which a batch of images may make either the larger, up
+    to 3 times; of sixteen batches the geometric mean was 1.0 to 1.2 times."""
+    truth, networks = make("plain"), {memory: make(memory).float() for memory in ("plain", "shared")}
+    ratios = []
+    for seed in range(16):
+        errors = []
+        for network in (truth, *networks.values()):
+            network.zero_grad()
+            step(network, images(seed).to(network.stem.weight.dtype))
+            pairs = zip(network.parameters(), truth.parameters(), strict=True)
+            differences = [((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in pairs]
+            errors.append(sum(differences) / len(differences))
+        _, plain, shared = errors
+        assert plain < 1e-4  # the network is well conditioned: what follows says something
+        ratios.append(shared / plain)
+    assert math.prod(ratios) ** (1 / len(ratios)) < 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -215,6 +215,25 @@ BAN_FAST_HD Vec<T> lane_numbers() {
   return numbers;
 }
 
+// table[number % 8] lane by lane, where kFused. The table has its eight entries twice.
+BAN_FAST_HD Words look_up([[maybe_unused]] const std::uint32_t (&table)[16], Words number) {
+#if defined(__AVX512F__)
+  number.part[0] = (Words::Part)_mm512_permutexvar_epi32((__m512i)number.part[0], _mm512_loadu_si512(table));
+#elif defined(__AVX2__)
+  const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+  BAN_FAST_EACH_PART
+  number.part[p] = (Words::Part)_mm256_permutevar8x32_epi32(eight, (__m256i)number.part[p]);
+#elif defined(__aarch64__)
+  const uint8x16x2_t bytes = vld1q_u8_x2(reinterpret_cast<const std::uint8_t*>(table));
+  number = (number & Words(7)) * Words(0x04040404) + Words(0x03020100);  // each entry's four bytes
+  BAN_FAST_EACH_PART
+  number.part[p] = (Words::Part)vqtbl2q_u8(bytes, (uint8x16_t)number.part[p]);
+#else
+  static_assert(!kFused, "an instruction set with fma needs a way to look up words");
+#endif
+  return number;
+}
+
 // ---- Memory ----------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -202,14 +202,51 @@ def test_extreme_logits(backend: str) -> None:
 
 
 def test_nan_is_not_swallowed(backend: str) -> None:
-    for column in range(10):
+    """Whichever of its bits are set, as in memory that nobody wrote."""
+    for column, bits in zip(range(10), 5 * (0x7FC00000, -1, 0x7FC00001, 0x7F8001FF, -0x3FFE01), strict=False):
+        nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        assert nan.isnan()
         student, teacher, labels = case(4)
-        teacher[1, column] = torch.nan
+        teacher[1, column] = nan
         for weight_by in WEIGHTS_BY:
             assert cwtm_loss(student, teacher, labels, weight_by=weight_by, backend=backend).isnan()
         with torch.no_grad():
-            student[1, column] = torch.nan
+            student[1, column] = nan
         assert cwtm_loss(student, torch.zeros(4, 10), labels, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("weight_by", WEIGHTS_BY)
+@pytest.mark.parametrize("classes", [2, 10, 300, 5000])
+def test_weights_are_the_confidences(backend: str, classes: int, weight_by: str) -> None:
+    """Over teachers from flat to sure, with their largest logit early or late, and classes that are ruled out."""
+    generator = torch.Generator().manual_seed(classes)
+    sharpness = torch.logspace(-2, 1.6, 64).view(-1, 1)
+    teacher = (torch.randn(64, classes, generator=generator).double() * sharpness).float()
+    teacher[::2] = teacher[::2].sort(dim=1).values
+    teacher[::5, 0] = -torch.inf
+    labels = teacher.argmax(1).flip(0) if weight_by == "teacher_max" else teacher.argmax(1)
+    student = torch.zeros(64, classes, requires_grad=True)
+    cwtm_loss(student, teacher, labels, weight_by=weight_by, normalizer=torch.tensor(1.0), backend=backend).backward()
+    # The student is indifferent: every class but the label gets the row's weight / classes.
+    at_label = student.grad.gather(1, labels[:, None])[:, 0]
+    weights = -at_label.double() * classes / (classes - 1)
+    expected = teacher.double().softmax(1).amax(1)
+    # fp32: the gradient is rounded (6e-8), and the teacher's sum has terms with as much each and their logits' own.
+    torch.testing.assert_close(weights, expected, rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("classes", [300, 5000])
+def test_rows_whose_largest_logit_comes_last(backend: str, classes: int) -> None:
+    """Element by element: a difference to a logit far below the largest would be rounded by up to 1e-6."""
+    generator = torch.Generator().manual_seed(classes)
+    student = torch.randn(64, classes, generator=generator).double() * torch.logspace(-2, 1.6, 64).view(-1, 1)
+    student = student.float().sort(dim=1).values.requires_grad_()
+    labels = torch.randint(classes, (64,), generator=generator)
+    cwtm_loss(student, torch.zeros(64, classes), labels, normalizer=torch.tensor(1.0), backend=backend).backward()
+    expected = student.detach().double().softmax(1)
+    expected.scatter_add_(1, labels[:, None], -torch.ones(64, 1, dtype=torch.float64))
+    counts = expected.abs() > 1e-3
+    torch.testing.assert_close(student.grad.double()[counts] * classes, expected[counts], rtol=8e-7, atol=0)
 
 
 def test_terms(backend: str) -> None:

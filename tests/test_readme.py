@@ -9,7 +9,7 @@ import torch
 
 from ban_fast.losses import CWTMLoss, DKPPLoss, KDLoss
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:

@@ -6,6 +6,7 @@ is agreed on by all: a rank that went its own way would leave the others waiting
 hosts: no GPU is waited for.
 """
 
+import gc
 import itertools
 import os
 import pickle
@@ -205,10 +206,16 @@ def joined(device: str) -> Iterator[Ranks]:
         ranks.leave()
         if is_ours and may_destroy:
             dist.destroy_process_group()
+            # DistributedDataParallel, in a cycle with its learner, holds the group too. When nobody does, the threads
+            # of gloo's end: one that has a tensor left to release aborts, where Python has been torn down by then.
+            gc.collect()
 
 
 def _join(uses_gpu: bool) -> None:
     """Make the process group. OptionError where some of the processes have a GPU, and some have not."""
+    # DistributedDataParallel imports it, and its functions' default arguments would hold the group for good.
+    import torch.distributed.nn.functional  # noqa: F401
+
     try:
         found, rank, size = next(rendezvous("env://"))
         # torchrun may keep one store through all its restarts, and in it the addresses of processes that are no more.

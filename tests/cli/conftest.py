@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,21 @@ def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
-    """The command as a process, in an empty directory, on one thread: other such processes compute the same bits."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """The command as a process, in an empty directory, on one thread: other such processes compute the same bits.
+
+    One that a test has left, as it failed, is killed.
+    """
+    started: list[subprocess.Popen[str]] = []
 
     def run(*args: str | Path, **more: Any) -> "subprocess.Popen[str]":
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | more.pop("env", {})
         command = [sys.executable, "-m", "ban_fast", *map(str, args)]
-        return subprocess.Popen(command, **{**pipes, "env": environment, **more})
+        started.append(subprocess.Popen(command, **{**pipes, "env": environment, **more}))
+        return started[-1]
 
-    return run
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()

@@ -41,7 +41,7 @@ Torchrun = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def torchrun(tmp_path: Path, port: int) -> Torchrun:
+def torchrun(tmp_path: Path, port: int) -> Iterator[Torchrun]:
     """torchrun with its options before "--", the command's after, as a process, in a directory with a network."""
     (tmp_path / "held.py").write_text(NETWORK)
     settings = Config(
@@ -55,12 +55,14 @@ def torchrun(tmp_path: Path, port: int) -> Torchrun:
     )
     (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
 
+    started: list[subprocess.Popen[str]] = []
+
     def start(*words: str, ranks: int = 2, hold: bool = False) -> "subprocess.Popen[str]":
         cut = words.index("--")
         options = ("--nproc-per-node", str(ranks), *words[:cut])
         if "--rdzv-endpoint" not in options:
             options = ("--master-port", str(port), *options)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *options, "-m", "ban_fast", *words[cut + 1 :]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -68,8 +70,14 @@ def torchrun(tmp_path: Path, port: int) -> Torchrun:
             cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1", **({"HOLD": "1"} if hold else {})},
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:  # none, where the test has not failed
+        if process.poll() is None:
+            process.terminate()  # and the ranks with it
+            process.communicate()
 
 
 @pytest.fixture
@@ -250,7 +258,7 @@ def test_two_machines(torchrun: Torchrun, tmp_path: Path, port: int) -> None:
 
 @pytest.mark.slow
 def test_a_script_of_several_runs(tmp_path: Path, port: int) -> None:
-    """Each joins anew, whoever of them comes first."""
+    """Each joins anew, whoever of them comes first, and leaves no thread of gloo's, which could abort Python's end."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, time\n"
@@ -264,6 +272,8 @@ def test_a_script_of_several_runs(tmp_path: Path, port: int) -> None:
         "    config = Config(data=data, model=model, generations=0, epochs=1, batch_size=16, seed=seed)\n"
         "    error = run(config).generations[0]['test']['error']\n"
         f"Path({str(tmp_path)!r}, 'error-' + os.environ['RANK']).write_text(str(error))\n"
+        "threads = [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]\n"
+        "assert not [name for name in threads if 'gloo' in name], threads\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

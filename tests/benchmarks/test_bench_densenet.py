@@ -172,16 +172,23 @@ def test_a_report_measures_what_targets_are_set_for() -> None:
 
 
 @pytest.mark.slow
-def test_memory_of_densenet_bc_100_12():
-    """What was asked of memory="shared": a quarter of plain's, and no more than checkpoint's, in fresh processes."""
+def test_memory_of_densenet_bc_100_12(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked of memory="shared": a quarter of plain's, and no more than checkpoint's, in fresh processes.
+
+    On one thread, each of which has buffers, and with an allocator that keeps nothing: what a process holds is else a
+    matter of the cores, and of the heap's holes (57 to 89 MB in checkpoint mode).
+    """
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     case = densenet.Case("densenet-bc-100-12", 8)
-    held = {}
-    for memory in ("plain", "checkpoint", "shared"):
-        entry = densenet.memory_apart(memory, case, "cpu")
-        held[memory] = entry["held_bytes"]
-        assert entry["peak_bytes"] >= entry["held_bytes"]
-    assert held["shared"] <= held["plain"] / 4
-    assert held["shared"] <= held["checkpoint"]
+    entries = {memory: densenet.memory_apart(memory, case, "cpu") for memory in ("plain", "checkpoint", "shared")}
+    for kind in ("saved_bytes", "held_bytes"):
+        found = {memory: entry[kind] for memory, entry in entries.items()}
+        assert found["shared"] <= found["plain"] / 4, kind
+        assert found["shared"] <= found["checkpoint"], kind
+    for entry in entries.values():
+        assert entry["peak_bytes"] >= 0.99 * entry["held_bytes"]  # the system's two counts may lag a little
 
 
 @pytest.mark.slow

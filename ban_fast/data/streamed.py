@@ -4,9 +4,11 @@ What they stream is the images as stored, in the keyed order and ahead of the tr
 normalisation follow on the training device, as `MemoryLoader` does them.
 """
 
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from .loaders import ImageLoader, MemoryLoader
 
 _MOST_WORKERS = 16
 """Each takes a process's memory and two batches of shared memory."""
+_LONGEST_PATH = 107 - len("/listener-12345678")
+"""Bytes of a directory that can have multiprocessing's sockets in it: Linux has room for 107 of their whole path."""
 
 
 def open_loader(split: Split | StoredSplit, **options: Any) -> "MemoryLoader | StreamedLoader":
@@ -63,6 +67,8 @@ class TorchLoader(StreamedLoader):
         workers = self.workers
         if workers is None:
             workers = min(max(cores() // self.shard.beside, 1), _MOST_WORKERS)
+        if workers:
+            _check_sockets()
         loader: DataLoader[Tensor | UserError] = DataLoader(
             _Reading(self._split.read),
             sampler=[ids.numpy() for ids in batches],  # a tensor would travel as a file in shared memory
@@ -118,6 +124,16 @@ class _Reading(Dataset["Tensor | UserError"]):
 
 
 _STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _check_sockets() -> None:
+    """UserError where no worker could hand over what it reads, and this process would wait for it forever."""
+    place = get_temp_dir()
+    if len(os.fsencode(place)) > _LONGEST_PATH:
+        raise UserError(
+            f"the path of {os.path.dirname(place)} is too long for the sockets of processes that read images: set "
+            "TMPDIR to a shorter one, or use another loader"
+        )
 
 
 def _started(loader: "DataLoader[Any]") -> Iterator[Any]:

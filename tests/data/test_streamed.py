@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -219,6 +220,19 @@ class TestTorchLoader:
         assert isinstance(loader, TorchLoader)
         loader.workers = workers
         assert same(loader.epoch(1), opened(datasets["memory"]).epoch(1)) == 3
+
+    def test_a_temporary_directory_with_too_long_a_path_is_one_line(
+        self, datasets: dict[str, Dataset[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Its workers could make no socket there, and would be waited for forever."""
+        place = tmp_path / ("x" * 100)
+        monkeypatch.setattr(streamed, "get_temp_dir", lambda: str(place / "pymp-12345678"))
+        loader = opened(datasets["torch"])
+        assert isinstance(loader, TorchLoader)
+        with pytest.raises(UserError, match=f"^the path of {re.escape(str(place))} is too long .*TMPDIR"):
+            list(loader.epoch(0))
+        loader.workers = 0
+        assert len(list(loader.epoch(0))) == 3
 
     def test_workers_heed_no_stop_signal(self, datasets: dict[str, Dataset[Any]]) -> None:
         # Ctrl-C reaches them too, and the training loop wants to end its step and save.

@@ -215,6 +215,22 @@ def test_nan_is_not_swallowed(backend: str) -> None:
         assert cwtm_loss(student, torch.zeros(4, 10), labels, backend=backend).isnan()
 
 
+@pytest.mark.parametrize("classes", [10, 300, 1003])
+def test_a_teacher_without_a_softmax_is_not_swallowed(backend: str, classes: int) -> None:
+    """In long rows too, whose blocks are taken again where a far larger logit comes: before, beside and after it."""
+    for values, columns in (
+        (torch.nan, (0, classes // 2, 3 * classes // 4 - 1, classes - 1)),
+        (torch.inf, (0, classes // 2, classes - 1)),
+        (-torch.inf, (slice(None),)),
+    ):
+        for column in columns:
+            student, teacher, labels = case(4, classes)
+            teacher[1, 3 * classes // 4] = 100.0
+            teacher[1, column] = values
+            for weight_by in WEIGHTS_BY:
+                assert cwtm_loss(student, teacher, labels, weight_by=weight_by, backend=backend).isnan()
+
+
 @pytest.mark.parametrize("weight_by", WEIGHTS_BY)
 @pytest.mark.parametrize("classes", [2, 10, 300, 5000])
 def test_weights_are_the_confidences(backend: str, classes: int, weight_by: str) -> None:

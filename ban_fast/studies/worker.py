@@ -10,19 +10,20 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 LOGS = "logs"
 """Folder of a study: what each run said, and the tracebacks of those that failed."""
 PATIENCE = 30.0
 """Seconds that a run is given to save itself where nobody waits for its outcome."""
 _LONGEST = 2000
-"""Letters of an outcome's text: the whole fits a pipe, and is written at once."""
+"""Letters of an outcome's text."""
 _START = "import sys; sys.path[:] = sys.argv[3:]; from ban_fast.studies.worker import main; main(*sys.argv[1:3])"
 
 
@@ -82,11 +83,13 @@ class Worker:
         self.name = job.name
         logs = Path(job.directory) / LOGS
         logs.mkdir(exist_ok=True)
+        # Not a pipe: nobody reads while the run is at work, and what is written has no bound.
+        self._answer = tempfile.TemporaryFile()  # noqa: SIM115 - `outcome` closes it
         with open(logs / f"{job.name}.txt", "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, job.directory, job.name, *path],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=self._answer,
                 stderr=log,
                 env=environment,
                 cwd=job.place if os.path.isdir(job.place) else None,
@@ -104,8 +107,10 @@ class Worker:
         code = self._process.poll()
         if code is None:
             return None
-        said = _read(self._process.stdout)
         self.ask_to_stop()
+        with self._answer:
+            self._answer.seek(0)
+            said = self._answer.read()
         try:
             values = json.loads(said.rpartition(b"\n")[2])
             return Outcome(**{**values, "notes": tuple(values["notes"])})
@@ -122,18 +127,6 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self.outcome()
-
-
-def _read(pipe: IO[bytes] | None) -> bytes:
-    """What a process that has ended wrote. Not up to the end of file: processes that it left may hold the pipe open."""
-    assert pipe is not None
-    os.set_blocking(pipe.fileno(), False)
-    try:
-        return os.read(pipe.fileno(), 1 << 16)
-    except BlockingIOError:
-        return b""
-    finally:
-        pipe.close()
 
 
 def main(directory: str, name: str) -> None:

@@ -1,6 +1,7 @@
 """Real processes of a local pool: the bits of separate runs, whatever is killed and whenever all is stopped."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -137,6 +138,16 @@ def test_a_cache_that_one_run_holds_is_waited_for(tmp_path: Path) -> None:
         results = json.loads((out / name / "results.json").read_text())
         forwards.append(results["generations"][1]["teacher"]["forward_images"])
     assert min(forwards) == 0 < max(forwards), "the second found rows of the first"
+
+
+@pytest.mark.slow
+def test_what_libraries_print_holds_no_run_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than fits a pipe, before standard output is the log's."""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "sitecustomize.py").write_text("print('hello ' * 50_000, flush=True)\n")
+    path = os.pathsep.join([str(tmp_path / "library"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    assert run_study(Study.vary(small(), {"seed": [0]}), tmp_path / "study", workers=1) == {}
 
 
 @contextmanager

@@ -45,7 +45,8 @@ Total<T> row_total(const T* row, std::int64_t classes, const Upcoming next) {
   constexpr UnitTemperature<T> one;
   Vec<T> largest(-kInfinity<T>);
   const auto block_sum = [&](std::int64_t begin, std::int64_t end, T reference) BAN_FAST_LAMBDA {
-    const Vec<T> from(reference == -kInfinity<T> ? T(0) : reference);  // -inf are multiplied by 0 later
+    // While all are -inf, any reference does: their terms are multiplied by 0 when a finite one comes.
+    const Vec<T> from(reference == -kInfinity<T> ? T(0) : reference);
     Vec<T> sum(T(0));
     for_vectors<T>(
         begin, end,
@@ -73,7 +74,6 @@ Total<T> row_total(const T* row, std::int64_t classes, const Upcoming next) {
   }
   Total<T> total{largest_lane(largest), lane_sum(sum)};
   total.sum *= double(exp_quotient(reference - total.largest, one));  // NaN where all are -inf
-  if (total.sum < 1.0) total.sum = 1.0;                               // the largest's own exp, which rounding may miss
   return total;
 }
 

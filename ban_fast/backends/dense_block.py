@@ -8,7 +8,7 @@ is produced. With z = scale * (x - mean) + bias, scale = weight / std, the gradi
 Backward goes through the consumers in reverse. Each adds scale_l dz_l to the block's gradient buffer, and its two sums,
 from which its weight and bias have their gradients, to those of the second and third term; the producer takes these
 two off, once. Normalised activations are never kept: they are made for a few images at a time, few enough for the
-cache, and again in backward.
+cache, and again in backward. So is what the 1x1 convolutions of the first units made (`Shape.remade`).
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ def forward(
         parts = _convolve(shape, between, affine, convs[2 * unit + 1], features[..., grown], batch)
         if parts is not None:
             total = finish(parts, shape.rows, group, statistics[:, grown])
-        if keep:
+        if keep and unit >= shape.remade:
             hidden.append(between)
     y = _leave(shape, features, Affine.of(norms[-1], statistics), convs[2 * shape.units :])
     return y, Saved(features, hidden, statistics, hidden_statistics, total)
@@ -151,13 +151,22 @@ class _Backward:
     def unit(self, unit: int) -> None:
         """Through a unit's two convolutions, from the channels that it grew to those that it read."""
         shape, saved, width = self.shape, self.saved, self.shape.read_by(unit)
-        hidden, statistics = saved.hidden[unit], saved.hidden_statistics[unit]
+        hidden, statistics = self.hidden(unit), saved.hidden_statistics[unit]
         grad, terms = shape.maps(shape.bottleneck, self.grad.dtype), torch.zeros_like(statistics)
         self.consume(2 * unit + 1, self.made(shape.grown_by(unit)), hidden, statistics, grad, terms, add=False)
         upstream = self.corrected(grad, hidden, statistics, terms)
         features, statistics = saved.features[..., :width], saved.statistics[:, :width]
         grad, terms = self.grad[..., :width], self.terms[:, :width]
         self.consume(2 * unit, upstream, features, statistics, grad, terms, add=True)
+
+    def hidden(self, unit: int) -> Tensor:  # [B, H, W, 4k]
+        """What the unit's 1x1 convolution made: kept, or made again."""
+        shape, saved, width = self.shape, self.saved, self.shape.read_by(unit)
+        if unit >= shape.remade:
+            return saved.hidden[unit - shape.remade]
+        between, affine = shape.maps(shape.bottleneck), Affine.of(self.norms[2 * unit], saved.statistics[:, :width])
+        _convolve(shape, saved.features[..., :width], affine, self.convs[2 * unit], between, False)
+        return between
 
     def entry(self) -> Tensor:  # [B, C0, H, W]
         """The gradient of the block's input."""

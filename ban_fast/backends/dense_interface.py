@@ -7,12 +7,13 @@ from torch import Tensor
 
 
 class Saved(NamedTuple):
-    """What backward needs beside forward's arguments: 5 growths a pixel and unit, and vectors."""
+    """What backward needs beside forward's arguments: 5 growths a pixel and unit at most, and vectors."""
 
     features: Tensor
     """[B, H, W, C]: the block's input, then what every unit grew."""
     hidden: list[Tensor]
-    """[B, H, W, 4k] of every unit: what its 1x1 convolution made. Empty where forward was not to keep them."""
+    """[B, H, W, 4k] of every unit after the first `Shape.remade`: what its 1x1 convolution made. Empty where forward
+    was not to keep them."""
     statistics: Tensor
     """[2, C] acc: batch mean and biased variance of the features; zeros where no norm asks for them."""
     hidden_statistics: Tensor

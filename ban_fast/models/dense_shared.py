@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..ops.dense_block import Norm, Statistics, dense_block
 
+_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+
 
 def through_block(
     x: Tensor,  # [B, C0, H, W]
@@ -19,10 +21,12 @@ def through_block(
 
     Running statistics become what they would. Norms that are nn.SyncBatchNorm take batch statistics over the ranks of
     their process group, with `sync_statistics` all do over the default one: once a channel, not once a norm.
-    ValueError for modules that are not batch norms, norms that do not share with the same ranks, and one value a
-    channel to take statistics of.
+    ValueError for modules that are not batch norms or do more than those, convolutions that are not as `DenseNet` makes
+    them, norms that do not share with the same ranks, and one value a channel to take statistics of.
     """
     batch_norms = [_batch_norm(norm) for norm in norms]
+    for conv in convs:
+        _check_convolution(conv)
     group = _group(batch_norms, sync_statistics)
     if not group and x[:, 0].numel() == 1 and any(map(_by_batch, batch_norms)):
         raise ValueError(f"batch norm needs more than 1 value per channel when training, got {list(x.shape)}")
@@ -33,11 +37,26 @@ def through_block(
 
 
 def _batch_norm(module: nn.Module) -> nn.BatchNorm2d | nn.SyncBatchNorm:
-    if not isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+    # Parametrized modules are of classes of their own, which inherit `forward`.
+    if not (isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and type(module).forward in _FORWARDS):
         raise ValueError(
             f'memory="shared" needs nn.BatchNorm2d or nn.SyncBatchNorm, got {type(module).__name__}; use "checkpoint"'
         )
     return module
+
+
+def _check_convolution(module: nn.Module) -> None:
+    """ValueError if more than its weight says what it computes."""
+    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
+        size = module.kernel_size
+        same = (size[0] // 2, size[1] // 2)
+        form = module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+        if module.bias is None and form == ((1, 1), same, (1, 1), 1, "zeros"):
+            return
+    raise ValueError(
+        'memory="shared" needs nn.Conv2d without bias, stride, dilation or groups, padded with zeros to the size that '
+        f'it was, got {module}; use "checkpoint"'
+    )
 
 
 def _by_batch(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
@@ -63,8 +82,10 @@ def _group(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], sync_statistics: 
 def _values(norm: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> Norm:
     weight: Tensor | None = norm.weight
     bias: Tensor | None = norm.bias
-    if weight is None or bias is None:  # affine=False
-        weight, bias = x.new_ones(norm.num_features), x.new_zeros(norm.num_features)
+    if weight is None:
+        weight = x.new_ones(norm.num_features)
+    if bias is None:
+        bias = x.new_zeros(norm.num_features)
     mean, var = (None, None) if _by_batch(norm) else (norm.running_mean, norm.running_var)
     return Norm(weight, bias, mean, var, norm.eps)
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from ..ops.pooling import halved
 from . import checks, init
 from .dense_shared import through_block
 
@@ -184,9 +185,7 @@ class DenseNet(nn.Module):
             norms: list[nn.Module] = [part.norm for part in parts]
             if i == len(transitions):
                 norms.append(self.norm)
-            x = through_block(
-                F.avg_pool2d(x, 2) if i else x, norms, [part.conv for part in parts], self.sync_statistics
-            )
+            x = through_block(halved(x) if i else x, norms, [part.conv for part in parts], self.sync_statistics)
         if len(transitions) == len(self.blocks):
             x = through_block(x, [self.norm], [], self.sync_statistics)
         logits: torch.Tensor = self.classifier(x)

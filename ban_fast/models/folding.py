@@ -78,7 +78,8 @@ def fold(network: nn.Module, *, into_convolutions: bool) -> nn.Module:
         raise NotFolded("its dense blocks apply batch norm as they read their features")
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         raise NotFolded("it has no batch norm")
-    tracer = fx.Tracer(autowrap_modules=(math, checks))
+    modules: Any = (math, checks)  # torch's types know of one module alone
+    tracer = fx.Tracer(autowrap_modules=modules)
     tracer.proxy_buffer_attributes = True  # what a layer does to a buffer it shall go on doing
     try:
         with torch.no_grad():

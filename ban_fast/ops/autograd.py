@@ -147,12 +147,12 @@ def explain(error: RuntimeError, inputs: Iterable[object]) -> None:
         ) from error
 
 
-def refuse_forward_mode(logits: Tensor) -> None:
+def refuse_forward_mode(logits: Tensor, what: str = "a ban_fast loss") -> None:
     """RuntimeError for what a loss would be differentiated by in forward mode."""
     if forward_ad._current_level < 0:  # as everywhere but in forward mode; asking the tensor would cost 0.3 us
         return
     if forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
-        raise RuntimeError("a ban_fast loss has no forward-mode derivative: call backward or torch.autograd.grad")
+        raise RuntimeError(f"{what} has no forward-mode derivative: call backward or torch.autograd.grad")
 
 
 class _Stored(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from ban_fast.backends import dense_dispatch as backend
 from ban_fast.backends.dense_passes import acc_dtype
 from ban_fast.backends.dense_shape import Norm, Shape
-from ban_fast.ops.autograd import is_traced
+from ban_fast.ops.autograd import is_traced, refuse_forward_mode
 
 __all__ = ["Norm", "Statistics", "dense_block"]
 
@@ -59,8 +59,12 @@ def dense_block(
     gradients, are fp32 at least.
 
     Running statistics are the caller's to update. ValueError for a dtype that is not fp32, fp64, bf16 or fp16; a second
-    derivative (create_graph) is a RuntimeError.
+    derivative (create_graph), one in forward mode, and torch.jit.trace are RuntimeErrors.
     """
+    for tensor in (x, *convs):
+        refuse_forward_mode(tensor, "a dense block")
+    if torch._C._get_tracing_state() is not None:  # it would record this call's addresses
+        raise RuntimeError("a dense block can't be traced by torch.jit: use torch.export or torch.compile")
     dtype, kind = x.dtype, x.device.type
     if dtype not in DTYPES:
         raise ValueError(f"x: a dense block takes float32, float64, bfloat16 or float16, got {dtype}")
@@ -166,7 +170,7 @@ def _fake(x: Tensor, convs: list[Tensor], weights: list[Tensor], *columns: list[
     shape = Shape.of(x, convs, norms)
     exits = len(convs) > 2 * shape.units
     y = shape.maps(convs[-1].shape[0]).permute(0, 3, 1, 2) if exits else shape.new(shape.batch, shape.channels)
-    hidden = [shape.maps(shape.bottleneck) for _ in range(shape.units if keep else 0)]
+    hidden = [shape.maps(shape.bottleneck) for _ in range(shape.units - shape.remade if keep else 0)]
     hidden_statistics = shape.vectors(shape.units, 2, shape.bottleneck)
     return y, shape.features(), hidden, shape.vectors(2, shape.channels), hidden_statistics, shape.vectors()
 

@@ -87,6 +87,21 @@ def test_saved_bytes_are_ordered():
     assert 0 < saved["shared"] < 0.5 * saved["plain"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["densenet-80-80", "densenet-bc-100-12"])
+def test_what_128_images_keep(network: str) -> None:
+    """A GPU's targets of memory, counted where there is none: the same tensors are saved there, and their bytes are so
+    many an image and so many for weights."""
+    kept = {}
+    for memory in (PLAIN, CHECKPOINT, SHARED):
+        two, four = (
+            densenet.saved_bytes(densenet.Step(memory, densenet.Case(network, batch, True), "cpu")) for batch in (2, 4)
+        )
+        kept[memory] = two + 63 * (four - two)
+    assert kept[SHARED] <= 0.2 * kept[PLAIN]
+    assert kept[SHARED] <= 0.5 * kept[CHECKPOINT]
+
+
 def test_a_cpu_s_targets_are_judged() -> None:
     """Time by the rounds, of which the second was twice as slow for both; memory by what the processes kept."""
     record = made_up(

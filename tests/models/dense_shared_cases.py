@@ -8,6 +8,8 @@ from torch import nn
 from ban_fast import models
 
 UNITS, GROWTH = [3, 2, 2], [4, 5, 33]  # 33 is the paper's odd growth
+# So that backward makes again what some units' 1x1 convolutions made, and finds kept what others' did: none, one, both.
+INIT_WIDTH = 20
 # Both forms round each sum to 1e-16 of its terms; a few hundred steps of such sums stay four digits below this.
 CLOSE = 1e-10
 
@@ -20,7 +22,7 @@ def make(memory: str, units=UNITS, growth=GROWTH, final_transition: bool = True,
     """A network in fp64, the same for every memory, away from the initial scales, biases and statistics."""
     torch.manual_seed(0)
     network = models.DenseNet(
-        units, growth, 8, final_transition=final_transition, num_classes=5, memory=memory, **arguments
+        units, growth, INIT_WIDTH, final_transition=final_transition, num_classes=5, memory=memory, **arguments
     )
     for norm in norms(network):
         norm.running_mean.normal_()

@@ -27,6 +27,15 @@ def without_scales(network):
         norm.weight = norm.bias = None
 
 
+def without_half_of_scale_and_bias(network):
+    """nn.BatchNorm2d(bias=False) has a weight alone."""
+    for i, norm in enumerate(norms(network)):
+        if i % 3 == 0:
+            norm.bias = None
+        elif i % 3 == 1:
+            norm.weight = None
+
+
 def frozen_norms(network):
     """Some normalise by their running statistics in the midst of training."""
     for norm in norms(network)[::2]:
@@ -76,6 +85,7 @@ def frozen_but_the_classifier(network):
         other_eps,
         without_statistics,
         without_scales,
+        without_half_of_scale_and_bias,
         frozen_norms,
         norms_of_the_3x3_in_eval_mode,
         norms_of_the_1x1_in_eval_mode,

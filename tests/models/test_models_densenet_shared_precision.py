@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dense_shared_cases import assert_close, images, make, step
+from dense_shared_cases import INIT_WIDTH, assert_close, images, make, step
 from torch import nn
 
 
@@ -108,7 +108,7 @@ def test_statistics_far_from_zero_keep_their_digits():
     for memory, dtype in (("plain", torch.float64), ("shared", torch.float32)):
         network = make(memory, units=[1], growth=[4], final_transition=False).to(dtype)
         nn.init.zeros_(network.stem.weight)
-        network.stem.bias = nn.Parameter(torch.full((8,), 1000.0, dtype=dtype))
+        network.stem.bias = nn.Parameter(torch.full((INIT_WIDTH,), 1000.0, dtype=dtype))
         network.stem.weight.data[:, 0, 1, 1] = 1
         network(images().to(dtype))
         results.append(network.blocks[0][0].reduce.norm.running_var)

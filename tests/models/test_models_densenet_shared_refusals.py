@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from dense_shared_cases import images, make
+from dense_shared_cases import assert_same, images, make
 from torch import nn
+from torch.autograd import forward_ad
 
 from ban_fast import models
 from ban_fast.errors import UserError
@@ -28,16 +29,75 @@ def test_changes_before_backward_are_refused(tensor):
 
 def test_one_value_a_channel_is_refused():
     network = make("shared", units=[1], growth=[4])
-    with pytest.raises(ValueError, match=r"more than 1 value per channel when training, got \[1, 8, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"more than 1 value per channel when training, got \[1, 20, 1, 1\]"):
         network(images(batch=1, size=1))
     assert network.eval()(images(batch=1, size=1)).shape == (1, 5)
 
 
 def test_other_norms_are_refused():
     network = make("shared")
-    network.blocks[0][0].reduce.norm = nn.GroupNorm(2, 8).double()
+    network.blocks[0][0].reduce.norm = nn.GroupNorm(2, 20).double()
     with pytest.raises(ValueError, match=r'memory="shared" needs nn\.BatchNorm2d or nn\.SyncBatchNorm, got GroupNorm'):
         network(images())
+
+
+def test_norms_that_do_more_are_refused():
+    class Centred(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) - 1
+
+    network = make("shared")
+    network.transitions[0].norm = Centred(network.transitions[0].norm.num_features).double()
+    with pytest.raises(ValueError, match=r'memory="shared" needs nn\.BatchNorm2d or nn\.SyncBatchNorm, got Centred'):
+        network(images())
+
+
+class Halved(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda conv, *sizes: nn.Conv2d(*sizes, padding=1),  # with bias
+        lambda conv, *sizes: nn.Conv2d(*sizes, padding=1, stride=2, bias=False),
+        lambda conv, *sizes: nn.Conv2d(*sizes, padding=2, dilation=2, bias=False),
+        lambda conv, *sizes: nn.Conv2d(*sizes, padding=0, bias=False),
+        lambda conv, *sizes: nn.Conv2d(*sizes, padding=1, groups=2, bias=False),
+        lambda conv, *sizes: nn.Conv2d(*sizes, padding=1, padding_mode="reflect", bias=False),
+        lambda conv, *sizes: Halved(*sizes, padding=1, bias=False),
+        lambda conv, *sizes: nn.Sequential(conv),
+    ],
+)
+def test_other_convolutions_are_refused(other):
+    network = make("shared")
+    grow = network.blocks[0][0].grow
+    grow.conv = other(grow.conv, 16, 4, 3).double()
+    with pytest.raises(ValueError, match=r'(?s)memory="shared" needs nn\.Conv2d without bias.*got .*use "checkpoint"'):
+        network(images())
+
+
+def test_parametrized_convolutions_are_not():
+    def change(network):
+        torch.manual_seed(0)
+        nn.utils.parametrizations.spectral_norm(network.blocks[0][0].grow.conv)
+        nn.utils.parametrizations.spectral_norm(network.transitions[1].conv)
+
+    assert_same(change=change)
+
+
+def test_forward_mode_is_refused():
+    network = make("shared")
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"dense block has no forward-mode derivative"):
+        network(forward_ad.make_dual(images(), images(2)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:FutureWarning")
+def test_jit_tracing_is_refused():
+    network = make("shared").eval()
+    with pytest.raises(RuntimeError, match=r"dense block can't be traced by torch\.jit.*torch\.export"):
+        torch.jit.trace(network, images())
 
 
 def test_other_dtypes_are_refused():
@@ -45,7 +105,7 @@ def test_other_dtypes_are_refused():
 
     network = make("shared")
     with pytest.raises(ValueError, match=r"float32, float64, bfloat16 or float16, got torch\.int32"):
-        through_block(torch.zeros(2, 8, 4, 4, dtype=torch.int32), [network.blocks[0][0].reduce.norm], [])
+        through_block(torch.zeros(2, 20, 4, 4, dtype=torch.int32), [network.blocks[0][0].reduce.norm], [])
 
 
 @pytest.mark.parametrize("memory", ["plain", "checkpoint"])

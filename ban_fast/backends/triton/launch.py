@@ -99,7 +99,10 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program can have; in the interpreter as much as an A100's."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 166_912
+    if device.type != "cuda":
+        return 166_912
+    properties: Any = torch.cuda.get_device_properties(device)  # some of torch's types leave this one out
+    return int(properties.shared_memory_per_block_optin)
 
 
 def counter(device: torch.device) -> Tensor:

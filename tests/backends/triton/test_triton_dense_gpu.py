@@ -1,5 +1,6 @@
 """What only a GPU can show of memory="shared" on Triton's kernels: `pytest -m gpu`. Values of a block: contract/."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,8 +19,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 
-SMALL = {"units": [3, 2], "growth": [12, 33], "init_width": 24, "num_classes": 10}
+SMALL = {"units": [3, 2], "growth": [12, 33], "init_width": 40, "num_classes": 10}
 """Widths that 16 bytes divide and not."""
+REMADE = 1 + 2
+"""Units of either block whose hidden maps backward makes again: they read no more channels than these have."""
 
 
 @contextmanager
@@ -62,10 +65,19 @@ def mean_error(found: list[Tensor], exact: list[Tensor]) -> float:
     return sum(errors) / len(errors)
 
 
-def errors(make: Callable[[str], nn.Module], dtype: torch.dtype, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of plain and shared, against plain in float64."""
-    exact = step(make("plain").double(), x.double(), labels, torch.float64)
-    return {memory: mean_error(step(make(memory), x, labels, dtype), exact) for memory in ("plain", "shared")}
+def compare(
+    make: Callable[[str], nn.Module], dtype: torch.dtype, batch: int = 8, size: int = 16, batches: int = 9
+) -> tuple[float, float]:
+    """plain's error against plain in float64, and shared's over it: medians over some batches, in each of which a
+    ReLU that rounding has flipped may make either the larger by far."""
+    found: list[tuple[float, float]] = []
+    for seed in range(batches):
+        x, labels = images(batch, size, seed)
+        exact = step(make("plain").double(), x.double(), labels, torch.float64)
+        plain, shared = (mean_error(step(make(memory), x, labels, dtype), exact) for memory in ("plain", "shared"))
+        found.append((plain, shared / plain))
+    plains, ratios = zip(*found, strict=True)
+    return statistics.median(plains), statistics.median(ratios)
 
 
 def test_the_kernels_serve_a_gpu() -> None:
@@ -76,25 +88,25 @@ def test_the_kernels_serve_a_gpu() -> None:
 @pytest.mark.parametrize("how", ["ieee", "tf32"])
 def test_fp32_is_as_exact_as_plain(how: str) -> None:
     with fp32(how):
-        error = errors(small, torch.float32, *images())
-    assert error["plain"] < (1e-4 if how == "ieee" else 0.1)  # well conditioned: what follows says something
-    assert error["shared"] < 1.5 * error["plain"]  # both only round
+        plain, ratio = compare(small, torch.float32)
+    assert plain < (1e-4 if how == "ieee" else 0.1)  # well conditioned: what follows says something
+    assert ratio < 1.5  # both only round
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_as_exact_as_plain(dtype: torch.dtype) -> None:
-    error = errors(small, dtype, *images())
-    assert error["plain"] < 0.5
-    assert error["shared"] < 1.2 * error["plain"]  # 1.2: for chance
+    plain, ratio = compare(small, dtype)
+    assert plain < 0.5
+    assert ratio < 1.2  # for chance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_of_densenet_bc_100_12(dtype: torch.dtype) -> None:
     with fp32("ieee"):
-        error = errors(paper, dtype, *images(16, 32))
-    if dtype == torch.float32:
-        assert error["plain"] < 1e-3  # a hundred layers of batch norm magnify roundings of 6e-8
-    assert error["shared"] < (1.5 if dtype == torch.float32 else 1.2) * error["plain"]  # for chance
+        plain, ratio = compare(paper, dtype, 16, 32, batches=5)
+    if dtype == torch.float32:  # roundings of 6e-8 flip ReLUs: 3e-3 to 5e-3 on a CPU
+        assert plain < 2e-2
+    assert ratio < 1.5  # for chance
 
 
 def test_float64_is_plain_s_to_1e_10() -> None:
@@ -166,7 +178,7 @@ def test_eval_mode_and_no_grad() -> None:
 
 
 def test_a_unit_is_few_launches() -> None:
-    """Six kernels of ours forward, nine or ten backward; cuDNN and autograd have theirs beside."""
+    """Six kernels of ours forward, nine to twelve backward; cuDNN and autograd have theirs beside."""
     network, (x, labels) = small("shared"), images()
     step(network, x, labels)
     torch.cuda.synchronize()
@@ -175,7 +187,7 @@ def test_a_unit_is_few_launches() -> None:
         torch.cuda.synchronize()
     names = [event.name for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     units = sum(SMALL["units"])  # type: ignore[arg-type]
-    assert names.count("project_kernel") == units + 1  # and the transition
+    assert names.count("project_kernel") == units + 1 + REMADE  # and the transition
     assert names.count("place_kernel") == units + 2  # and what enters a block
     assert names.count("unproject_kernel") == units + 1
     assert names.count("activate_kernel") == 2 * units
@@ -191,5 +203,5 @@ def test_less_memory_than_checkpoint() -> None:
             loss = F.cross_entropy(network(x).float(), labels)
         held[memory] = torch.cuda.memory_allocated() - before
         del loss
-    assert held["shared"] < 0.6 * held["checkpoint"]
-    assert held["shared"] < 0.25 * held["plain"]
+    assert held["shared"] < 0.5 * held["checkpoint"]
+    assert held["shared"] < 0.2 * held["plain"]

@@ -4,8 +4,9 @@ A unit takes in forward six launches: its 1x1 convolution from the features, who
 that for cuDNN's 3x3 convolution; its place among the features, with moments; and one that finishes these together with
 the scale and shift by which the next 1x1 convolution reads. In backward, beside cuDNN's, nine: the gradient of what
 the unit grew, corrected once; relu(norm) again; the sums of the second norm, in two, and the gradient before it; that
-of the weight, in two; that of the features with the sums of the first norm, and what settles them. A weight whose rows
-8 bytes do not divide is packed in two more, each way.
+of the weight, in two; that of the features with the sums of the first norm, and what settles them. The first units
+(`Shape.remade`) take two more, which make again what their 1x1 convolutions made. A weight whose rows 8 bytes do not
+divide is packed in two more, each way.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def forward(
         hidden: list[Tensor] = []
         for unit in range(work.shape.units):
             between = work.unit(unit)
-            if keep:  # all of them at once are four times the features
+            if keep and unit >= work.shape.remade:  # all of them at once are four times the features
                 hidden.append(between)
             del between
         y = work.leave()
@@ -138,7 +139,7 @@ class _Backward:
 
     def unit(self, unit: int) -> None:
         """Through a unit's two convolutions, from the channels that it grew to those that it read."""
-        index, hidden, statistics = 2 * unit + 1, self.saved.hidden[unit], self.saved.hidden_statistics[unit]
+        index, hidden, statistics = 2 * unit + 1, self.hidden(unit), self.saved.hidden_statistics[unit]
         norm, weight, wanted = self.norms[index], self.convs[index], self.need.convs[index]
         a = passes.activate(rows(hidden), norm, statistics).view(hidden.shape)
         grad, weight_grad = convolve_backward(self._made(self.shape.grown_by(unit)), a, weight, wanted)
@@ -150,6 +151,17 @@ class _Backward:
         taken = sum_over_ranks(terms, self.group)
         passes.correct(rows(grad), rows(hidden), statistics, taken, self.saved.total, rows(grad), norm)
         self._through(2 * unit, rows(grad), self.shape.read_by(unit), add=True)
+
+    def hidden(self, unit: int) -> Tensor:  # [B, H, W, 4k]
+        """What the unit's 1x1 convolution made: kept, or made again by the same kernel from the same numbers."""
+        shape, saved, width = self.shape, self.saved, self.shape.read_by(unit)
+        if unit >= shape.remade:
+            return saved.hidden[unit - shape.remade]
+        between = shape.maps(shape.bottleneck)
+        affine, _ = finish(None, saved.statistics[:, :width], self.norms[2 * unit], "")
+        assert affine is not None
+        project(rows(saved.features[..., :width]), affine, self.convs[2 * unit], rows(between), measured=False)
+        return between
 
     def entry(self) -> Tensor:  # [B, C0, H, W]
         """The gradient of the block's input."""

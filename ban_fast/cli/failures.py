@@ -59,7 +59,7 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
         return str(error), 1
     if _out_of_memory(error):
         return (
-            "out of memory; a smaller --batch-size needs less, so does --model-option memory=checkpoint (DenseNet)",
+            "out of memory; a smaller --batch-size needs less, so does --model-option memory=shared (DenseNet)",
             2,
         )
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -191,7 +191,7 @@ def absolute(path: str, value: str) -> str:
 def _option(text: str) -> tuple[str, int | float | bool | str]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
-        raise UserError(f"--model-option must be KEY=VALUE, memory=checkpoint for example, got {text!r}")
+        raise UserError(f"--model-option must be KEY=VALUE, memory=shared for example, got {text!r}")
     if value.lower() in ("true", "false"):
         return key, value.lower() == "true"
     if re.fullmatch(r"[+-]?[0-9]+", value):

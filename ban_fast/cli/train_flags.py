@@ -117,7 +117,7 @@ def train(
         flag(
             "--model-option",
             "KEY=VALUE",
-            "Argument of that network, memory=checkpoint for example; repeatable.",
+            "Argument of that network, memory=shared for example; repeatable.",
             _NETWORKS,
         ),
     ] = None,

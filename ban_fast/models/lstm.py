@@ -8,10 +8,10 @@ State is a pair of tensors, carried from one window of the text to the next by w
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.wide_linear import wide_linear
 from . import checks
 
 State = tuple[Tensor, Tensor]
@@ -55,12 +55,13 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, State]:  # [T, B] int64 -> [T, B, V] or [T, B, H]
         """Logits of the next word at every place (or hidden states, dropout applied) and the state after the last.
 
+        Under autocast logits are fp32: `ops.wide_linear`.
         `state` None is the start of a text.
         """
         x = self.embed(tokens)
         output, after = self.lstm(x, self.zero_state(x.shape[1]) if state is None else state)
         output = self.dropout(output)
-        return (F.linear(output, *self.output_layer()) if project else output), after
+        return (wide_linear(output, *self.output_layer()) if project else output), after
 
 
 class WordLSTM(LanguageModel):

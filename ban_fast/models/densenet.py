@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..ops.pooling import halved
 from . import checks, init
+from .classifier import Classifier
 from .dense_shared import through_block
 
 MEMORIES = ("plain", "checkpoint", "shared")
@@ -153,7 +154,7 @@ class DenseNet(nn.Module):
                 self.transitions.append(NormReluConv(width, narrowed, 1, recompute=recompute))
                 width = narrowed
         self.norm = nn.BatchNorm2d(width)
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = Classifier(width, num_classes)
         init.he_(self, "fan_out")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, in_channels, H, W] -> [B, num_classes]

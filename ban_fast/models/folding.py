@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from . import checks
+from .classifier import Classifier
 from .densenet import DenseNet
 
 
@@ -79,7 +80,7 @@ def fold(network: nn.Module, *, into_convolutions: bool) -> nn.Module:
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         raise NotFolded("it has no batch norm")
     modules: Any = (math, checks)  # torch's types know of one module alone
-    tracer = fx.Tracer(autowrap_modules=modules)
+    tracer = _Tracer(autowrap_modules=modules)
     tracer.proxy_buffer_attributes = True  # what a layer does to a buffer it shall go on doing
     try:
         with torch.no_grad():
@@ -111,6 +112,13 @@ def fold(network: nn.Module, *, into_convolutions: bool) -> nn.Module:
     traced.recompile()
     traced.delete_all_unused_submodules()
     return traced.eval()
+
+
+class _Tracer(fx.Tracer):
+    """What asks whether autocast is on asks it each time that it is called."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Classifier) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checks, init
+from .classifier import Classifier
 
 
 class ConvNet(nn.Module):
@@ -24,7 +25,7 @@ class ConvNet(nn.Module):
         widths = (in_channels, width, 2 * width, 4 * width)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(w) for w in widths[1:])
-        self.classifier = nn.Linear(4 * width, num_classes)
+        self.classifier = Classifier(4 * width, num_classes)
         init.he_(self, "fan_out")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, in_channels, H, W] -> [B, num_classes]
@@ -53,7 +54,7 @@ class MLP(nn.Module):
         self.shape = (in_channels, image_size, image_size)
         self.hidden1 = nn.Linear(in_channels * image_size**2, hidden)
         self.hidden2 = nn.Linear(hidden, hidden)
-        self.classifier = nn.Linear(hidden, num_classes)
+        self.classifier = Classifier(hidden, num_classes)
         init.he_(self, "fan_in")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, in_channels, S, S] -> [B, num_classes]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import checks, init
+from .classifier import Classifier
 
 
 class Unit(nn.Module):
@@ -54,7 +55,7 @@ class WideResNet(nn.Module):
             channels = out
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = Classifier(channels, num_classes)
         init.he_(self, "fan_in")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, in_channels, H, W] -> [B, num_classes]

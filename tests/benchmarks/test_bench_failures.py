@@ -375,6 +375,34 @@ def test_liger_is_absent_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [each for each in providers("dkpp", "fp32", "cuda", autotune=False) if each.kind == "liger"]
 
 
+def test_open_triton_peers_are_named_absent_or_given_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """speculators' loss takes logits [1, T, V] and answers row by row; Fast-LLM's kernels cannot be installed."""
+    module = ModuleType("fused")
+
+    def fused(z: Tensor, t: Tensor) -> Tensor:
+        return nn.functional.kl_div(z.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+    vars(module)["fused_kl_div_loss"] = fused
+    monkeypatch.setitem(sys.modules, "speculators.losses.fused", module)
+    monkeypatch.setitem(sys.modules, "speculators", ModuleType("speculators"))
+    monkeypatch.setitem(sys.modules, "speculators.losses", ModuleType("losses"))
+    for objective in ("kd", "kd_labels"):
+        for installed, device, reason in (
+            (None, "cuda", "speculators is not installed"),
+            ("there", "cpu", "speculators' kernels are Triton's, for GPUs"),
+            ("there", "cuda", None),
+        ):
+            monkeypatch.setattr("importlib.util.find_spec", lambda name, found=installed: found)
+            first, second = (p for p in providers(objective, "fp32", device, autotune=False) if p.kind == "triton")
+            assert (first.name, first.absent) == ("speculators KL", reason)
+            assert second.absent is not None
+            assert "Fast-LLM is on no package index" in second.absent
+        case = Case(objective=objective, rows=6, classes=33, dtype="fp32")
+        errors = gate.measure(case, "random", first, first.build(), torch.device("cpu"))
+        assert errors is not None
+        assert gate.refusal(errors, "fp32") is None
+
+
 BENCHMARKS = """
 import sys, time
 sys.path.insert(0, {root!r})

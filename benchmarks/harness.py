@@ -8,9 +8,11 @@ the denominator run as laps among them.
 import gc
 import itertools
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +55,29 @@ class Timing:
             "calls": self.calls,
             **self.extra,
         }
+
+
+class TookTooLong(BaseException):
+    """As a KeyboardInterrupt: what is interrupted shall not take it for a failure of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """TookTooLong after so many seconds, wherever Python code is by then; main thread only. None: no limit."""
+    if seconds is None:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def quantiles(laps: Sequence[float]) -> tuple[float, float, float]:

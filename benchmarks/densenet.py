@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +38,8 @@ from benchmarks.densenet_figures import (
     Record,
     table,
 )
-from benchmarks.densenet_turns import ROUNDS, TIME_OVER, Entry, Processes, Turns
-from benchmarks.harness import TookTooLong, time_limit
+from benchmarks.densenet_turns import ROUNDS, Entry, Processes, Turns
+from benchmarks.harness import TIME_OVER, TookTooLong, time_limit
 
 NETWORKS = ("densenet-bc-100-12", "densenet-112-33", "densenet-90-60", "densenet-80-80")
 PROVIDERS = (PLAIN, CHANNELS_LAST, "compile", CHECKPOINT, SHARED, "torchvision memory_efficient")

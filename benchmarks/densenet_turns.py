@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import machine
+from benchmarks.harness import TIME_OVER
 
 Entry = dict[str, Any]
 WARM_UP, ROUNDS = 3, 7
 LEAST_ROUNDS = 3
 """Of a measurement that was cut short: fewer say nothing."""
-TIME_OVER = "left out: the run's time was over"
 
 
 class ProviderFailed(Exception):

@@ -28,6 +28,8 @@ ROUNDS = (5, 41)
 SLOW = 0.5  # seconds a call: beyond it a provider sits out
 SLOW_SECONDS = 3.0  # what remains of the rounds after its turns took so long
 
+TIME_OVER = "left out: the run's time was over"
+
 Lap = Callable[[], float]
 """Runs one lap and returns its seconds a call."""
 Clock = Callable[[], float]
@@ -115,9 +117,9 @@ def interleave(
     return {name: each for name, each in times.items() if name not in failures}, failures
 
 
-def rounds_for(round_seconds: float, seconds: float) -> int:
-    """How many rounds of that length fit, within `ROUNDS`."""
-    low, high = ROUNDS
+def rounds_for(round_seconds: float, seconds: float, within: tuple[int, int] = ROUNDS) -> int:
+    """How many rounds of that length fit, within these bounds."""
+    low, high = within
     return max(low, min(high, math.floor(seconds / round_seconds))) if round_seconds > 0 else high
 
 

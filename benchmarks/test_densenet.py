@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import densenet, run
 from benchmarks.conftest import RUN
-from benchmarks.densenet_turns import TIME_OVER
+from benchmarks.harness import TIME_OVER
 from benchmarks.test_losses import REPLAY
 
 CASES = densenet.cases(run.device())

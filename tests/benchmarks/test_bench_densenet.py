@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import densenet, densenet_figures, machine, report, tables, targets
 from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED, Record
-from benchmarks.densenet_turns import TIME_OVER, ProviderFailed, Turns
+from benchmarks.densenet_turns import ProviderFailed, Turns
+from benchmarks.harness import TIME_OVER
 
 SMALL = densenet.Case("densenet-bc-16-4", 4)
 

@@ -304,7 +304,7 @@ def test_what_the_sanitizer_watches_holds_by_itself() -> None:
         [sys.executable, "-c", code], cwd=report.ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "triton: 2 shapes\n"
+    assert done.stdout == "triton: 2 shapes\ndense blocks\n"
 
 
 def test_settings_of_a_gpu() -> None:

@@ -2,8 +2,8 @@
 
 For the middle unit of each of a network's blocks: microseconds in a CUDA graph, with inputs that the L2 cache may still
 hold, GB/s, TFLOP/s, and the part of an in-run copy's bandwidth. --tune adds what other tiles of the products take, for
---minutes, those near the present ones first: the fastest belongs into backends/triton/dense/config.py. --json keeps what
-was found so far. No GPU has run it yet.
+--minutes, those near the present ones first: the fastest belongs into backends/triton/dense/config.py. --json keeps
+what was found so far. No GPU has run it yet.
 """
 
 import argparse

@@ -117,9 +117,9 @@ def interleave(
     return {name: each for name, each in times.items() if name not in failures}, failures
 
 
-def rounds_for(round_seconds: float, seconds: float, within: tuple[int, int] = ROUNDS) -> int:
-    """How many rounds of that length fit, within these bounds."""
-    low, high = within
+def rounds_for(round_seconds: float, seconds: float, within: tuple[int, int] | None = None) -> int:
+    """How many rounds of that length fit, within these bounds, or `ROUNDS`."""
+    low, high = within or ROUNDS
     return max(low, min(high, math.floor(seconds / round_seconds))) if round_seconds > 0 else high
 
 

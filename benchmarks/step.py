@@ -51,8 +51,8 @@ ROUND_SECONDS = {"cpu": 60.0, "cuda": 0.0}
 """Of all rounds, within `ROUNDS`. On a CPU seven of wrn-16-1's 0.4 s laps leave a ratio to within 5 %, its target."""
 LEAST_ROUNDS = 3
 """Of a measurement whose time ends."""
-START_SECONDS = 10.0
-"""Of a measuring process's time, kept for its start and its end."""
+WIND_UP = 5.0
+"""Seconds that a measuring process is ready before its time is over."""
 SHARE_ROUNDS = 3
 BUILT = (CACHED, SUPERVISED, LIVE, NAIVE, EAGER, COMPOSED, COMPILED)
 """In this order: what targets ask of every case first, what is compiled last."""
@@ -97,15 +97,14 @@ def measure(
     names: tuple[str, ...] | None = None,
     *,
     seconds: float | None = None,
-    timeout: float | None = None,
+    ends: float | None = None,
 ) -> Record:
     """Every trainer's seconds a step, round by round in turn, and the shares of a step's parts.
 
     As many `rounds`, or as fit into `seconds` (the device's usual ones). Compiled trainers are built last: one that is
-    not ready when the others need what is left of `timeout` seconds says so, and costs them nothing.
+    not ready when the others need what is left until `ends`, a time.monotonic(), says so, and costs them nothing.
     """
     where, steps = torch.device(device), steps_a_lap(case, device)
-    ends = None if timeout is None else time.monotonic() + timeout
     torch.backends.cudnn.benchmark = True  # for all alike
     split, what = images(steps * case.batch)
     makers = {name: make for name, make in trainers(where).items() if names is None or name in names}
@@ -114,7 +113,7 @@ def measure(
     epochs: dict[str, float] = {}
     """Seconds of everyone's last epoch of the warm-up."""
     for name in sorted(makers, key=lambda name: BUILT.index(name) if name in BUILT else -1):
-        least = (LEAST_ROUNDS + 2 * SHARE_ROUNDS) * sum(epochs.values())
+        least = (LEAST_ROUNDS + 2 * SHARE_ROUNDS) * (sum(epochs.values()) + max(epochs.values(), default=0.0))
         left = None if ends is None else max(0.1, ends - time.monotonic() - least)
         make = partial(makers[name], case, split, where)
         trainer = _ready(make, entries[name], device, left, taught=name != SUPERVISED)
@@ -236,10 +235,8 @@ def measure_apart(
     timeout: float | None = None,
 ) -> Record:
     """`measure` in a process of its own. subprocess.SubprocessError where it fails, or takes too long."""
-    known = None if timeout is None else max(0.0, timeout - START_SECONDS)
-    request = json.dumps(
-        {"case": asdict(case), "device": device, "rounds": rounds, "seconds": seconds, "timeout": known}
-    )
+    ends = None if timeout is None else time.monotonic() + timeout - WIND_UP  # all processes have that clock
+    request = json.dumps({"case": asdict(case), "device": device, "rounds": rounds, "seconds": seconds, "ends": ends})
     command = [sys.executable, "-m", "benchmarks.step", "--answer", request]
     # The workers of compilers and of loaders go with the process that started them.
     done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)

@@ -155,14 +155,21 @@ def test_rounds_fill_a_minute_on_a_cpu(
 def test_who_is_compiled_is_built_last_and_in_the_time_that_is_left(made: dict[str, Any]) -> None:
     """The others keep theirs, and what time they need for their rounds."""
     made |= {COMPOSED: "slow to build", "a": 1.0, "b": 1.0}
-    found = step.measure(SMALL, "cpu", timeout=100.0)
+    found = step.measure(SMALL, "cpu", ends=100.0)
     limits = made["limits"]
     assert limits[0] == pytest.approx(100.0)
-    assert limits[2] == pytest.approx(100 - 2 * 2 - 9 * 2)
+    # 100 s less 4 of warm-ups, and three rounds and three times the shares of the two, and of one more.
+    assert limits[2] == pytest.approx(100 - 4 - 9 * 3)
     assert list(found["trainers"]) == [COMPOSED, "a", "b"]
-    assert found["trainers"][COMPOSED]["failed"] == "left out: not ready within 78 s"
-    # 100 s less 4 of warm-ups, the 78, and 12 for the shares: what is left for rounds of 2.
-    assert [len(entry["laps_s"]) for entry in found["trainers"].values()] == [0, 3, 3]
+    assert found["trainers"][COMPOSED]["failed"] == "left out: not ready within 69 s"
+    assert [len(entry["laps_s"]) for entry in found["trainers"].values()] == [0, 7, 7]
+
+
+def test_rounds_end_in_time(made: dict[str, Any]) -> None:
+    made |= {"a": 2.0, "b": 3.0}
+    found = step.measure(SMALL, "cpu", ends=65.0)  # 10 of warm-ups, 30 for shares
+    assert {len(entry["laps_s"]) for entry in found["trainers"].values()} == {5}
+    assert {len(entry["laps_s"]) for entry in step.measure(SMALL, "cpu", ends=1.0)["trainers"].values()} == {3}
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 from benchmarks import run as runs
 from benchmarks import tables
 from benchmarks.figures import Figures
+from benchmarks.harness import TIME_OVER
 from benchmarks.providers import providers
 from benchmarks.run import Run
 
 RUN = pytest.StashKey[Run]()
 GIVEN_UP = pytest.StashKey[list[str]]()
 """Tests that the run's time was over for, other than the harness's own."""
-TIME_OVER = "left out: the run's time was over"
 ORDER = ("test_losses.py", "test_loaders.py", "test_step.py", "test_densenet.py")
 """What decides first: a run's time may be over before the last."""
 GRACE = 5.0  # seconds in which the harness gives up by itself, and says more

@@ -13,13 +13,12 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +26,28 @@ from torch import Tensor, nn
 
 from ban_fast import models
 from benchmarks import machine, targets
-from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED, Case, Record, table
+from benchmarks.densenet_figures import (
+    AUTOTUNED,
+    CHANNELS_LAST,
+    CHECKPOINT,
+    COMPILED,
+    GRAPHED,
+    PLAIN,
+    SHARED,
+    Case,
+    Record,
+    table,
+)
+from benchmarks.densenet_turns import ROUNDS, Entry, Processes, Turns
+from benchmarks.harness import TIME_OVER, TookTooLong, time_limit
 
 NETWORKS = ("densenet-bc-100-12", "densenet-112-33", "densenet-90-60", "densenet-80-80")
 PROVIDERS = (PLAIN, CHANNELS_LAST, "compile", CHECKPOINT, SHARED, "torchvision memory_efficient")
-ON_GPUS = ("compile max-autotune", *(provider + GRAPHED for provider in (CHANNELS_LAST, SHARED)))
+ON_GPUS = (AUTOTUNED, *(provider + GRAPHED for provider in (CHANNELS_LAST, SHARED)))
 """A GPU's beside these: what a training loop reaches that leaves no work to the host. No GPU has run them yet."""
-WARM_UP, ROUNDS = 3, 7
 # Off plain's gradient of all parameters, in the 2-norm: fp32 rounded otherwise through a hundred layers, whose ReLUs
 # flip (7.6e-3 between plain and itself in channels_last), or bf16's 8 bits (0.29 between those two, 0.37 to fp32).
 LIMITS = {False: 2e-2, True: 0.4}
-Entry = dict[str, Any]
 
 
 def cases(device: str) -> list[Case]:
@@ -163,12 +173,18 @@ def saved_bytes(step: Step) -> int:
 
 
 def memory(provider: str, case: Case, device: str) -> Entry:
-    """Bytes held between forward and backward, and at most; in a fresh process, after a step that builds its caches."""
-    step = Step(provider, Case(case.network, 2, case.amp), device)  # small: little of what it frees can be used again
+    """Bytes held between forward and backward, and at most; in a fresh process, after a step that builds its caches.
+
+    On a CPU that one is small: little of what it frees can be used again. A GPU's allocator knows what is held, and the
+    same step is not compiled twice.
+    """
+    step = Step(provider, case if device == "cuda" else Case(case.network, 2, case.amp), device)
     step.lap()
-    step = Step(provider, case, device)
     if device == "cuda":
+        step.network.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
+    else:
+        step = Step(provider, case, device)
     before = _held(device)
     loss = step.forward()
     held = _held(device) - before
@@ -193,124 +209,48 @@ def off(step: Step, truth: Step) -> float:
     return float((gradient - expected).norm() / expected.norm())
 
 
-class ProviderFailed(Exception):
-    """Says why."""
-
-
 def serve(providers: Sequence[str], case: Case, device: str) -> None:
-    """A step of each provider that standard input names, a line each, answered by its seconds or by why there are none;
-    at the end how far off all are. Whatever else is printed goes to standard error.
+    """Each line of standard input names a provider: answered are its seconds of a step, or how far off its gradient is,
+    or why there is no answer. Whatever else is printed goes to standard error.
     """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     steps: dict[str, Step] = {}
     for line in sys.stdin:
-        provider = line.strip()
+        request = json.loads(line)
+        provider = request["provider"]
         try:
-            if provider not in steps:
-                steps[provider] = Step(provider, case, device)
-            reply: Entry = {"seconds": steps[provider].lap()}
+            with time_limit(request["most"]):
+                if provider not in steps:
+                    steps[provider] = Step(provider, case, device)
+                if request["what"] == "lap":
+                    reply: Entry = {"seconds": steps[provider].lap()}
+                else:
+                    reply = {"off": off(steps[provider], steps.get(PLAIN) or Step(PLAIN, case, device))}
+        except TookTooLong:
+            reply = {"failed": f"left out: not built within {request['most']:.0f} s"}
         except Exception as error:
-            steps.pop(provider, None)
             reply = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-        print(json.dumps(reply), file=replies, flush=True)
-    found: dict[str, float] = {}
-    if steps:
-        truth = steps[PLAIN] if PLAIN in steps else Step(PLAIN, case, device)
-        found = {provider: off(step, truth) for provider, step in steps.items()}
-    print(json.dumps(found), file=replies, flush=True)
-
-
-class Processes:
-    """Those that serve the providers, until `ends` on the monotonic clock."""
-
-    def __init__(self, providers: Sequence[str], case: Case, device: str, ends: float | None) -> None:
-        groups = [(provider,) for provider in providers] if device == "cpu" else [tuple(providers)]
-        self._of: dict[str, subprocess.Popen[str]] = {}
-        for group in groups:
-            command = _command("laps", case, device, group)
-            process = subprocess.Popen(
-                command, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            self._of |= dict.fromkeys(group, process)
-        self._late = False
-        self._timer = None if ends is None else threading.Timer(max(0.0, ends - time.monotonic()), self._be_late)
-        if self._timer is not None:
-            self._timer.start()
-
-    def __enter__(self) -> "Processes":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        for process in set(self._of.values()):
-            process.kill()
-            with suppress(BrokenPipeError), process:  # which closes its pipes and waits for it
-                pass
-
-    def lap(self, provider: str) -> float:
-        """Seconds of a step. ProviderFailed where it has none, as from then on."""
-        process = self._of[provider]
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):  # that it ended is found where its answer is read
-            process.stdin.write(f"{provider}\n")
-            process.stdin.flush()
-        reply = self._answer(process)
         if "failed" in reply:
-            raise ProviderFailed(reply["failed"])
-        return float(reply["seconds"])
-
-    def off(self) -> dict[str, float]:
-        """Of every provider that has not failed; no lap comes after it."""
-        found: dict[str, float] = {}
-        for process in dict.fromkeys(self._of.values()):
-            assert process.stdin is not None
-            process.stdin.close()
-            found |= self._answer(process)
-        return found
-
-    def _answer(self, process: "subprocess.Popen[str]") -> Entry:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if line:
-            reply: Entry = json.loads(line)
-            return reply
-        status = process.wait()
-        if self._late:
-            raise subprocess.TimeoutExpired(process.args, 0)
-        raise subprocess.CalledProcessError(status, process.args)
-
-    def _be_late(self) -> None:
-        self._late = True
-        for process in set(self._of.values()):
-            process.kill()
+            steps.pop(provider, None)
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 def times(
     providers: Sequence[str], case: Case, device: str, rounds: int, ends: float | None = None
 ) -> dict[str, Entry]:
-    """Laps of all providers, in turns after three to warm up; one that fails, or whose gradient is off, has none."""
-    laps: dict[str, list[float]] = {provider: [] for provider in providers}
-    failures: dict[str, str] = {}
-    with Processes(providers, case, device, ends) as processes:
-        for _ in range(WARM_UP + rounds):
-            for provider in providers:
-                if provider not in failures:
-                    try:
-                        laps[provider].append(processes.lap(provider))
-                    except ProviderFailed as failure:
-                        failures[provider] = str(failure)
-        offs = processes.off()
-    return {
-        provider: _entry(each[WARM_UP:], offs.get(provider), failures.get(provider), case)
-        for provider, each in laps.items()
-    }
+    """Laps of all providers, in turns after three to warm up; one that fails, or whose gradient is off, has none.
 
-
-def _entry(laps: list[float], off: float | None, failed: str | None, case: Case) -> Entry:
-    right = failed is None and off is not None and off <= LIMITS[case.amp]
-    return {"off": off, "failed": failed, "laps_s": laps if right else []}
+    On a GPU compiled ones join later, one after the other: they take minutes, and the others have their laps by then.
+    """
+    groups = [(provider,) for provider in providers] if device == "cpu" else [tuple(providers)]
+    phases: list[list[str]] = [list(providers)]
+    if device == "cuda":
+        compiled = [provider for provider in providers if provider.startswith("compile")]
+        phases = [[p for p in providers if p not in compiled], *([provider] for provider in compiled)]
+    with Processes(groups, partial(_command, "laps", case, device), ends) as processes:
+        found = Turns(processes, rounds, LIMITS[case.amp], early=device == "cuda").run(phases)
+    return {provider: found[provider] for provider in providers}
 
 
 def measure(
@@ -320,23 +260,46 @@ def measure(
     providers: tuple[str, ...] | None = None,
     timeout: float | None = None,
 ) -> Record:
-    """Everything about a case: times by turns, then memory in a fresh process each.
+    """Everything about a case: times by turns, and memory in a fresh process each.
 
-    `providers` are the device's usual ones. subprocess.SubprocessError where a process fails, or all of them together
-    take longer than `timeout` seconds.
+    `providers` are the device's usual ones. What is not there after `timeout` seconds, or failed, says so. On a GPU
+    the memory that targets ask for comes first, all at once: its kernels are then compiled for the clock too.
     """
     ends = None if timeout is None else time.monotonic() + timeout
     chosen = usual(device) if providers is None else providers
+    kept = [provider for provider in chosen if not provider.endswith(GRAPHED) and provider != AUTOTUNED]
+    sizes: dict[str, Entry] = {}
+    if device == "cuda":
+        first = [provider for provider in kept if provider in (PLAIN, CHECKPOINT, SHARED)]
+        with ThreadPoolExecutor(max(1, len(first))) as pool:
+            sizes |= zip(first, pool.map(lambda provider: _memory(provider, case, device, ends), first), strict=True)
     entries = times(chosen, case, device, rounds, ends)
+    for provider in kept:
+        if provider not in sizes and entries[provider]["failed"] is None:
+            sizes[provider] = _memory(provider, case, device, ends)
     for provider in chosen:
-        if entries[provider]["failed"] is None:
-            entries[provider] |= memory_apart(provider.removesuffix(GRAPHED), case, device, ends)
+        entries[provider] |= sizes.get(provider.removesuffix(GRAPHED), {})
     return {"case": asdict(case), "providers": entries}
 
 
+def _memory(provider: str, case: Case, device: str, ends: float | None) -> Entry:
+    """`memory_apart`, or why there is none."""
+    if ends is not None and ends - time.monotonic() < 1:
+        return {"memory_failed": TIME_OVER}
+    try:
+        return memory_apart(provider, case, device, ends)
+    except subprocess.TimeoutExpired:
+        return {"memory_failed": TIME_OVER}
+    except subprocess.CalledProcessError as error:
+        return {"memory_failed": f"its process ended with status {error.returncode}"}
+
+
 def usual(device: str) -> tuple[str, ...]:
-    """The providers of "cpu" or "cuda"."""
-    return PROVIDERS + ON_GPUS if device == "cuda" else PROVIDERS
+    """The providers of "cpu" or "cuda", there those that targets ask for first."""
+    if device == "cpu":
+        return PROVIDERS
+    first = (PLAIN, SHARED, SHARED + GRAPHED, CHANNELS_LAST, CHECKPOINT, *COMPILED)
+    return first + tuple(provider for provider in PROVIDERS + ON_GPUS if provider not in first)
 
 
 def memory_apart(provider: str, case: Case, device: str, ends: float | None = None) -> Entry:
@@ -370,6 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--provider", action="append", choices=(PROVIDERS + ON_GPUS)[1:], help="beside plain; default: all"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, help="for each case; what is not there by then says so")
     parser.add_argument("--json", type=Path, help="write machine, versions and every lap there")
     parser.add_argument("--answer", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -383,15 +347,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--provider {absent[0]!r} needs a CUDA device")
     results = machine.describe(device) | {"densenets": []}
     for case in chosen:
-        record = measure(case, device, options.rounds, providers)
+        record = measure(case, device, options.rounds, providers, options.seconds)
         results["densenets"].append(record)
         print(f"{table(record)}\n", flush=True)
+        if options.json is not None:  # after each: a run may be killed in the next
+            machine.write(options.json, json.dumps(results, indent=1) + "\n")
     for verdict in targets.judge(results | {"records": []}):
         if verdict.value is not None:
             what, bound, _, found, met = verdict.cells
             print(f"{met:>3}  {what}: {found} (asked {bound})")
-    if options.json is not None:
-        machine.write(options.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

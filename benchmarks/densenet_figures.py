@@ -8,7 +8,8 @@ from benchmarks.harness import quantiles
 Record = dict[str, Any]
 GRAPHED = ", graphed"
 PLAIN, CHANNELS_LAST, CHECKPOINT, SHARED = "plain", "plain channels_last", "checkpoint", "shared"
-COMPILED = ("compile", "compile max-autotune")
+AUTOTUNED = "compile max-autotune"
+COMPILED = ("compile", AUTOTUNED)
 SIZES = ("saved_bytes", "held_bytes", "peak_bytes")
 """Of autograd's storages; what a process, on a GPU its allocator, kept from forward to backward; and the most of it."""
 
@@ -32,11 +33,10 @@ def find(records: list[Record], case: Case) -> Record | None:
 
 
 def over(record: Record | None, name: str, other: str) -> float | None:
-    """The median over the rounds of one's time over another's in the same round."""
-    ones, others = _laps(record, name), _laps(record, other)
-    if not (ones and others):
-        return None
-    return quantiles([one / two for one, two in zip(ones, others, strict=True)])[1]
+    """The median over the rounds that both had of one's time over another's in the same round."""
+    ones, others = _rounds(record, name), _rounds(record, other)
+    both = [ones[number] / others[number] for number in ones.keys() & others.keys()]
+    return quantiles(both)[1] if both else None
 
 
 def best_compiled_over(record: Record | None, name: str) -> float | None:
@@ -60,17 +60,19 @@ def table(record: Record) -> str:
         clock = [entry["failed"] or "no time", "", ""]
         if entry["laps_s"]:
             low, median, high = quantiles(entry["laps_s"])
-            clock = [
-                f"{1e3 * median:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})",
-                f"{case.batch / median:.0f}",
-                f"{over(record, name, PLAIN):.2f}",
-            ]
+            clock = [f"{1e3 * median:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})", f"{case.batch / median:.0f}"]
+            ratio = over(record, name, PLAIN)
+            clock.append("" if ratio is None else f"{ratio:.2f}")
         sizes = [f"{entry[size] / 1e6:.0f}" if size in entry else "" for size in SIZES]
         off = "" if entry["off"] is None else f"{entry['off']:.0e}"
         lines.append("| " + " | ".join([name, *clock, *sizes, off]) + " |")
+    for why in dict.fromkeys(e["memory_failed"] for e in record["providers"].values() if "memory_failed" in e):
+        names = [name for name, e in record["providers"].items() if e.get("memory_failed") == why]
+        lines.append(f"\nNo memory of {', '.join(names)}: {why}")
     return "\n".join(lines)
 
 
-def _laps(record: Record | None, name: str) -> list[float]:
+def _rounds(record: Record | None, name: str) -> dict[int, float]:
+    """Seconds by round: who is compiled joins later."""
     entry = None if record is None else record["providers"].get(name)
-    return [] if entry is None else list(entry["laps_s"])
+    return {} if entry is None else dict(enumerate(entry["laps_s"], entry.get("first_round", 0)))

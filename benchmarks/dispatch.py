@@ -192,17 +192,18 @@ def fingerprint(device: str) -> str:
     """A hash of the sources that a device's losses are computed by; comments and layout don't count."""
     digest = hashlib.sha256()
     for path in sources(device):
-        comments = r"#.*" if path.suffix == ".py" else r"//.*|/\*[\s\S]*?\*/"
+        comments = r"#.*" if path.suffix in (".py", ".txt") else r"//.*|/\*[\s\S]*?\*/"
         digest.update(path.name.encode())
         digest.update(b"".join(re.sub(comments, "", path.read_text()).encode().split()))
     return digest.hexdigest()[:16]
 
 
 def sources(device: str) -> list[Path]:
-    """Those files: the kernels, and the backends that call them."""
-    patterns = ["csrc/*.h", f"csrc/{device}/*", "ban_fast/backends/reference*.py", "ban_fast/backends/permutation.py"]
+    """Those files: the kernels, what they are compiled with, and the backends that call them."""
+    patterns = ["CMakeLists.txt", "csrc/*.h", f"csrc/{device}/*"]
+    patterns += ["ban_fast/backends/reference*.py", "ban_fast/backends/permutation.py"]
     if device == "cpu":
-        patterns.append("ban_fast/backends/native.py")
+        patterns += ["csrc/python/*", "ban_fast/backends/native.py"]  # usual.cpp serves the usual KD below 1 MiB
     else:
         patterns += ["ban_fast/backends/native_cuda.py", "ban_fast/backends/triton/*.py"]
     found = (path for pattern in patterns for path in ROOT.glob(pattern))

@@ -8,9 +8,11 @@ the denominator run as laps among them.
 import gc
 import itertools
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,8 @@ LAP = 0.005  # a clock read is 50 ns and a wake-up of the second thread 10 us
 ROUNDS = (5, 41)
 SLOW = 0.5  # seconds a call: beyond it a provider sits out
 SLOW_SECONDS = 3.0  # what remains of the rounds after its turns took so long
+
+TIME_OVER = "left out: the run's time was over"
 
 Lap = Callable[[], float]
 """Runs one lap and returns its seconds a call."""
@@ -53,6 +57,29 @@ class Timing:
             "calls": self.calls,
             **self.extra,
         }
+
+
+class TookTooLong(BaseException):
+    """As a KeyboardInterrupt: what is interrupted shall not take it for a failure of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """TookTooLong after so many seconds, wherever Python code is by then; main thread only. None: no limit."""
+    if seconds is None:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise TookTooLong
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def quantiles(laps: Sequence[float]) -> tuple[float, float, float]:
@@ -90,9 +117,9 @@ def interleave(
     return {name: each for name, each in times.items() if name not in failures}, failures
 
 
-def rounds_for(round_seconds: float, seconds: float) -> int:
-    """How many rounds of that length fit, within `ROUNDS`."""
-    low, high = ROUNDS
+def rounds_for(round_seconds: float, seconds: float, within: tuple[int, int] | None = None) -> int:
+    """How many rounds of that length fit, within these bounds, or `ROUNDS`."""
+    low, high = within or ROUNDS
     return max(low, min(high, math.floor(seconds / round_seconds))) if round_seconds > 0 else high
 
 

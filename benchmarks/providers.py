@@ -1,4 +1,6 @@
-"""Who is compared: our backends through their public modules, plain PyTorch, torch.compile of it, and Liger-Kernel."""
+"""Who is compared: our backends through their public modules, plain PyTorch, torch.compile of it, Liger-Kernel, and
+other open kernels in Triton.
+"""
 
 import importlib
 import importlib.util
@@ -18,7 +20,7 @@ from benchmarks import textbook
 from benchmarks.cases import Dtype, Objective
 from benchmarks.inputs import SEED, Inputs
 
-Kind = Literal["ban_fast", "eager", "compile", "liger"]
+Kind = Literal["ban_fast", "eager", "compile", "liger", "triton"]
 Step = Callable[[Inputs], textbook.Answer]
 """From inputs to the loss, with autograd behind it, and the order of a DKPP that drew one."""
 
@@ -48,7 +50,7 @@ def providers(objective: Objective, dtype: Dtype, device: str, *, autotune: bool
     for mode in modes:
         for name, form in textbook.FORMS[objective].items():
             found.append(_compiled(name, form, mode, device))
-    return found + _liger(objective, device)
+    return found + _liger(objective, device) + _open_triton(objective, device)
 
 
 def automatic(objective: Objective, device: str, dtype: torch.dtype, shape: tuple[int, int]) -> str:
@@ -150,6 +152,36 @@ def _liger(objective: Objective, device: str) -> list[Provider]:
     return [
         Provider(name="Liger KLDIV", kind="liger", loss="kl", build=kl_div, absent=absent),
         Provider(name="Liger JSD, beta 0", kind="liger", loss="kl", build=jsd, absent=absent),
+    ]
+
+
+def _open_triton(objective: Objective, device: str) -> list[Provider]:
+    """Kernels for KD from both logits that others have published: speculators' (vLLM), and Fast-LLM's, never there."""
+    if objective not in ("kd", "kd_labels"):
+        return []
+    absent = None
+    if importlib.util.find_spec("speculators") is None:
+        absent = "speculators is not installed"
+    elif device == "cpu":
+        absent = "speculators' kernels are Triton's, for GPUs"
+    labelled = objective == "kd_labels"
+
+    def speculators() -> Step:
+        fused = importlib.import_module("speculators.losses.fused").fused_kl_div_loss
+
+        def step(x: Inputs) -> textbook.Answer:
+            value = fused(x.student[None], x.teacher[None]).mean()  # [1, T, V] -> [1, T]
+            return (value + F.cross_entropy(x.student.float(), x.labels) if labelled else value), None
+
+        return step
+
+    def nothing() -> Step:
+        raise NotImplementedError
+
+    missing = "Fast-LLM is on no package index, and its kernels are called by its own trainer only"
+    return [
+        Provider(name="speculators KL", kind="triton", loss="kl", build=speculators, absent=absent),
+        Provider(name="Fast-LLM KL", kind="triton", loss="kl", build=nothing, absent=missing),
     ]
 
 

@@ -1,16 +1,13 @@
 """`python -m benchmarks.report [DIR]`: all this machine can run, into one results file, and the tables made of them.
 
-On a GPU also the GPU tests and compute-sanitizer, all in under nine minutes. What fails is a line in the results, and
-the rest goes on; the file is written anew after every step, so that a run that is killed leaves what it had.
+On a GPU in under nine minutes, in the order of weight: the build, a short check, the cases that decide targets, then
+the other tests, compute-sanitizer and the other cases as far as time goes. What fails is a line in the results, and the
+rest goes on; the file is written anew after every step, so that a run that is killed leaves what it had.
 """
 
 import argparse
-import importlib.util
 import json
 import math
-import os
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,38 +17,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import densenet, densenet_figures, machine, step, step_figures, tables
+from benchmarks import cases, checks, densenet, densenet_figures, machine, step, step_figures, tables
 from benchmarks import run as runs
+from benchmarks.cases import Case
+from benchmarks.checks import ROOT, Check, outcome
 from benchmarks.figures import Figures
+from benchmarks.harness import TIME_OVER
 from benchmarks.run import Run
 from benchmarks.session import OutOfTime, WorkerFailed
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 MINUTES = {"cpu": math.inf, "cuda": 8.75}
-LOSSES = {"cpu": 0.5, "cuda": 0.7}
-"""Of the time for measuring, where it is limited: whole steps, loaders and DenseNets come after the losses."""
-SANITIZER_MINUTES = 1.75  # of those, kept for it where it is installed
-# Triton's tests compile some 370 kernels first, most of a second each.
-GPU_TESTS = {
-    "GPU tests": ["tests", "--ignore=tests/backends/triton"],
-    "GPU tests of Triton": ["tests/backends/triton"],
-}
-CHECK_SECONDS = {
-    "build": 120.0,
-    "loaders": 300.0,
-    "GPU tests": 120.0,
-    "GPU tests of Triton": 180.0,
-    "small kernels": 60.0,
-    "memcheck": 60.0,
-    "racecheck": 60.0,
-}
-LEAST_SECONDS = 10.0
-"""A check that would have less is left out."""
-CASE_SECONDS = 60.0
+LOSSES = 0.5
+"""Of a CPU's time for measuring, where it is limited: whole steps, loaders and DenseNets come after the losses."""
+BEFORE = {"build": 120.0, "short check": 75.0}
+"""Seconds of a GPU's report, at most, before anything is measured."""
+RESERVED = {"losses": 165.0, "densenets": 75.0, "steps": 90.0}
+"""Then these in turn, at least, for the cases of targets: nobody's seconds go to what comes earlier. What is left of
+anyone's goes to the next, and in the end to the rest. Together they are 8.75 minutes, and follow --minutes."""
+CASE_SECONDS = {"cpu": 60.0, "cuda": 45.0}
 """A case of whole steps or of DenseNets, its networks being compiled, would not be done in less."""
-SANITIZER, TOOLS = "compute-sanitizer", ("memcheck", "racecheck")
-Check = dict[str, Any]
+WIND_UP = 5.0
+"""No case of the losses starts later before its time is over: it could not be done."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,74 +70,129 @@ def rewrite() -> None:
 def measure(directory: Path, commit: str | None, minutes: float | None, *, builds: bool = True) -> bool:
     """Measure, and write the results file; whether a check or a measurement failed."""
     device = runs.device()
-    ends = time.monotonic() + 60 * (MINUTES[device] if minutes is None else minutes)
-    described = machine.describe(device, commit)
-    path = directory / machine.file_name(described)
-    print(tables.caption(described | {"complete": True}))
-    done = [build()] if builds else []
-    if device == "cuda":
-        pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow"]
-        done += [check(name, [*pytest, *paths], ends) for name, paths in GPU_TESTS.items()]
-    last = ends - 60 * SANITIZER_MINUTES if device == "cuda" and shutil.which(SANITIZER) else ends
-    left = LOSSES[device] * (last - time.monotonic()) / 60
-    steps: list[dict[str, Any]] = []
-    densenets: list[dict[str, Any]] = []
-    loaded: dict[str, Any] | None = None
-    with Run(device, full=True, minutes=None if left == math.inf else (left - 0.5, left)) as run:
-
-        def save(complete: bool) -> None:
-            directory.mkdir(parents=True, exist_ok=True)
-            found = run.results(described, done, complete=complete)
-            found |= {"steps": steps, "loaders": loaded, "densenets": densenets}
-            machine.write(path, json.dumps(found, indent=1) + "\n")
-
-        save(False)
-        measure_cases(run, lambda: save(False))
-        done += measure_steps(device, steps, last, lambda: save(False))
-        if device == "cpu":
-            outcome, loaded = measure_loaders(last)
-            done.append(outcome)
-            save(False)
-        done += measure_densenets(device, densenets, last, lambda: save(False))
-        if device == "cuda":
-            done += sanitize(ends)
-        save(True)
-    print(f"wrote {path}")
-    results = json.loads(path.read_text())
+    seconds = 60 * (MINUTES[device] if minutes is None else minutes)
+    ends = time.monotonic() + seconds
+    report = Report(device, directory, machine.describe(device, commit), seconds, ends)
+    print(tables.caption(report.described | {"complete": True}))
+    (on_gpu if device == "cuda" else on_cpu)(report, builds=builds)
+    report.save(complete=True)
+    print(f"wrote {report.path}")
+    results = json.loads(report.path.read_text())
     figures = Figures(results["records"])
-    print(tables.summary(figures, figures.cases()), *map(step_figures.table, steps), sep="\n\n")
-    print("", *map(densenet_figures.table, densenets), sep="\n\n")
+    print(tables.summary(figures, figures.cases()), *map(step_figures.table, report.steps), sep="\n\n")
+    print("", *map(densenet_figures.table, report.densenets), sep="\n\n")
     print(f"\n{tables.target_table(results)}")
-    return any(not each["passed"] for each in done) or bool(run.failures) or _ours_failed(run.records)
+    failed = any(not each["passed"] for each in report.done)
+    return failed or bool(report.run.failures) or _ours_failed(report.run.records)
 
 
-def measure_cases(run: Run, save: Callable[[], None]) -> None:
-    """All cases of a run; those that cannot be measured are its failures, or left out."""
-    for case in run.cases:
-        start = time.monotonic()
-        try:
-            run.measure(case)
-        except OutOfTime:
-            continue
-        except WorkerFailed as error:
-            print(f"{case.title}: {error}", file=sys.stderr)
-        print(f"{case.title}: {time.monotonic() - start:.0f} s", flush=True)
-        save()
+class Report:
+    """What a report has so far, and its file."""
+
+    def __init__(self, device: str, directory: Path, described: dict[str, Any], seconds: float, ends: float) -> None:
+        self.described, self.seconds, self.ends = described, seconds, ends
+        self.path = directory / machine.file_name(described)
+        self.done: list[Check] = []
+        self.steps: list[dict[str, Any]] = []
+        self.densenets: list[dict[str, Any]] = []
+        self.loaders: dict[str, Any] | None = None
+        self.run = Run(device, full=True, minutes=None, postponed=device == "cuda")
+
+    def save(self, *, complete: bool = False) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = self.run.results(self.described, self.done, complete=complete)
+        found |= {"steps": self.steps, "loaders": self.loaders, "densenets": self.densenets}
+        machine.write(self.path, json.dumps(found, indent=1) + "\n")
+
+    def add(self, *found: Check) -> None:
+        self.done += found
+        self.save()
 
 
-def measure_steps(device: str, steps: list[dict[str, Any]], ends: float, save: Callable[[], None]) -> list[Check]:
+def on_cpu(report: Report, *, builds: bool) -> None:
+    """All cases, in the order of the losses, whole steps, loaders and DenseNets."""
+    if builds:
+        report.add(checks.build())
+    left = LOSSES * (report.ends - time.monotonic()) / 60
+    report.run = Run("cpu", full=True, minutes=None if left == math.inf else (left - 0.5, left))
+    report.save()
+    with report.run as run:
+        measure_cases(run, run.cases, report.save)
+        report.add(*measure_steps("cpu", report.steps, report.ends, report.save))
+        found, report.loaders = measure_loaders(report.ends)
+        report.add(found)
+        report.add(*measure_densenets("cpu", report.densenets, report.ends, report.save))
+
+
+def on_gpu(report: Report, *, builds: bool) -> None:
+    """What decides targets within `RESERVED`, whatever came before took; then the rest."""
+    unit = report.seconds / sum((*BEFORE.values(), *RESERVED.values()))
+    densenets_end = report.ends - unit * RESERVED["steps"]
+    losses_end = densenets_end - unit * RESERVED["densenets"]
+    if builds:
+        report.add(checks.build(unit * BEFORE["build"]))
+    before = losses_end - unit * RESERVED["losses"]
+    report.add(checks.tests("GPU tests, the first", checks.FIRST, unit * BEFORE["short check"], before))
+    with report.run as run:
+        run.until(losses_end - WIND_UP, losses_end)
+        measure_cases(run, cases.targets("cuda"), report.save)
+        autotune(run, report.save)
+        report.add(*measure_densenets("cuda", report.densenets, densenets_end, report.save))
+        judged = step.judged("cuda")
+        report.add(*measure_steps("cuda", report.steps, report.ends, report.save, judged))
+        report.add(checks.tests("GPU tests, the others", checks.rest(), checks.TEST_SECONDS, report.ends))
+        report.add(*checks.sanitize(report.ends))
+        others = [case for case in step.cases("cuda") if case not in judged]
+        report.add(*measure_steps("cuda", report.steps, report.ends, report.save, others))
+        run.until(report.ends - WIND_UP, report.ends)
+        measure_cases(run, run.cases, report.save)
+
+
+def measure_cases(run: Run, several: Sequence[Case], save: Callable[[], None]) -> None:
+    """Cases of the losses; those that cannot be measured are the run's failures, or left out."""
+    for case in several:
+        _turn(case, run.measure, save)
+
+
+def autotune(run: Run, save: Callable[[], None]) -> None:
+    """The cases where max-autotune decides a target, again; what fails or has no time leaves what there was."""
+    for case in cases.autotuned():
+        if case not in run.failures:
+            _turn(case, run.autotune, save)
+
+
+def _turn(case: Case, measure: Callable[[Case], object], save: Callable[[], None]) -> None:
+    start = time.monotonic()
+    try:
+        measure(case)
+    except OutOfTime:
+        return
+    except WorkerFailed as error:
+        print(f"{case.title}: {error}", file=sys.stderr)
+    print(f"{case.title}: {time.monotonic() - start:.0f} s", flush=True)
+    save()
+
+
+def measure_steps(
+    device: str,
+    steps: list[dict[str, Any]],
+    ends: float,
+    save: Callable[[], None],
+    several: Sequence[step_figures.Case] | None = None,
+) -> list[Check]:
     """Whole training steps into `steps`, as many cases as there is time for; those that failed or were left out."""
-    calls = [(f"steps of {case.title}", partial(step.measure_apart, case, device)) for case in step.cases(device)]
-    return _each(calls, steps, ends, save)
+    chosen = step.cases(device) if several is None else several
+    calls = [(f"steps of {case.title}", partial(step.measure_apart, case, device)) for case in chosen]
+    return _each(calls, steps, ends, save, CASE_SECONDS[device])
 
 
 def measure_densenets(
     device: str, densenets: list[dict[str, Any]], ends: float, save: Callable[[], None]
 ) -> list[Check]:
     """DenseNets in every memory into `densenets`, likewise."""
-    cases = densenet.reported(device)
-    calls = [(f"memories of {case.title}", partial(densenet.measure, case, device)) for case in cases]
-    return _each(calls, densenets, ends, save)
+    chosen = densenet.reported(device)
+    calls = [(f"memories of {case.title}", partial(densenet.measure, case, device)) for case in chosen]
+    return _each(calls, densenets, ends, save, CASE_SECONDS[device])
 
 
 def _each(
@@ -158,97 +200,44 @@ def _each(
     records: list[dict[str, Any]],
     ends: float,
     save: Callable[[], None],
+    least: float,
 ) -> list[Check]:
-    """What the calls give, each in the time that is left, into `records`; those that failed or were left out."""
-    failed = []
-    for name, call in calls:
+    """What the calls give, each in the time that is left but for `least` seconds of those after it, into `records`;
+    those that failed or were left out, in part or whole."""
+    found = []
+    for number, (name, call) in enumerate(calls, 1):
         start = time.monotonic()
-        if ends - start < CASE_SECONDS:
-            failed.append(_outcome(name, "left out: the run's time was over", passed=True))
+        if ends - start < least:
+            found.append(outcome(name, TIME_OVER, done=False))
             continue
+        given = max(least, ends - start - least * (len(calls) - number))
         try:
-            records.append(call(timeout=None if ends == math.inf else ends - start))
+            records.append(call(timeout=None if ends == math.inf else given))
+            missing = _missing(records[-1])
+            if missing:
+                found.append(outcome(name, f"left out in part: {', '.join(missing)}", done=False))
         except subprocess.TimeoutExpired:
-            failed.append(_outcome(name, "left out: the run's time was over", passed=True))
+            found.append(outcome(name, TIME_OVER, done=False))
         except subprocess.CalledProcessError as error:
-            failed.append(_outcome(name, f"failed, status {error.returncode}", passed=False))
+            found.append(outcome(name, f"failed, status {error.returncode}", passed=False))
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
         save()
-    return failed
+    return found
+
+
+def _missing(record: dict[str, Any]) -> list[str]:
+    """Who had no time, or whose memory had none."""
+    entries = {**record.get("trainers", {}), **record.get("providers", {})}
+    late = [name for name, entry in entries.items() if (entry["failed"] or "").startswith("left out")]
+    return late + [f"memory of {name}" for name, entry in entries.items() if entry.get("memory_failed") == TIME_OVER]
 
 
 def measure_loaders(ends: float) -> tuple[Check, dict[str, Any] | None]:
     """The loaders alone, in a process of their own: some change how many threads there are, on import."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "loaders.json"
-        outcome = check("loaders", [sys.executable, "-m", "benchmarks.loaders", "--json", str(file)], ends)
-        return outcome, json.loads(file.read_text())["loaders"] if file.exists() else None
-
-
-def build() -> Check:
-    """The build, where its tools are here without an isolated environment."""
-    missing = [name for name in ("cmake", "ninja", "pybind11") if importlib.util.find_spec(name) is None]
-    if missing:
-        return _outcome("build", f"not built anew: {', '.join(missing)} missing", passed=True)
-    return check("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"])
-
-
-def sanitize(ends: float) -> list[Check]:
-    """The small kernels by themselves, which compiles them, then watched by compute-sanitizer."""
-    program = [sys.executable, "-m", "benchmarks.sanitize"]
-    sanitizer = shutil.which(SANITIZER)
-    if sanitizer is None:
-        return [_outcome(tool, f"{SANITIZER} is not installed", passed=True) for tool in TOOLS]
-    done = [check("small kernels", program, ends)]
-    for tool in TOOLS:
-        watched = [sanitizer, "--tool", tool, "--error-exitcode", "9", *program]
-        done.append(check(tool, ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched], ends))
-    return done
-
-
-def check(name: str, command: list[str], ends: float = math.inf) -> Check:
-    """What came of a command, in its time and before `ends`."""
-    start = time.monotonic()
-    limit = min(CHECK_SECONDS[name], ends - start)
-    if limit < LEAST_SECONDS:
-        return _outcome(name, "left out: the run's time was over", passed=True)
-    try:
-        answer = _run(command, limit)
-    except subprocess.TimeoutExpired as error:
-        print(error.output, file=sys.stderr)
-        return _outcome(name, f"not done within {limit:.0f} s ({_last(error.output)})", passed=False)
-    except OSError as error:
-        return _outcome(name, f"could not be started: {error}", passed=False)
-    if answer.returncode:
-        print(answer.stdout, file=sys.stderr)
-    verdict = "passed" if answer.returncode == 0 else f"failed, status {answer.returncode}"
-    outcome = f"{verdict}, {time.monotonic() - start:.0f} s ({_last(answer.stdout)})"
-    return _outcome(name, outcome, passed=answer.returncode == 0)
-
-
-def _run(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
-    """Run it with its children, none of which outlives `limit` seconds."""
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                error.output = process.communicate()[0]
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, output)
-
-
-def _last(output: str | None) -> str:
-    """The last line, without pytest's rule."""
-    return ((output or "").strip().splitlines() or ["no output"])[-1].strip(" =")
-
-
-def _outcome(name: str, outcome: str, *, passed: bool) -> Check:
-    print(f"{name}: {outcome}", flush=True)
-    return {"name": name, "passed": passed, "outcome": outcome}
+        found = checks.check("loaders", [sys.executable, "-m", "benchmarks.loaders", "--json", str(file)], ends)
+        return found, json.loads(file.read_text())["loaders"] if file.exists() else None
 
 
 def _ours_failed(records: list[dict[str, Any]]) -> bool:

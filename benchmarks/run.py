@@ -30,11 +30,15 @@ class Run:
     device: str
     full: bool
     minutes: tuple[float, float] | None
-    """No case starts after the first, none goes on after the second; None: no limit."""
+    """No case starts after the first, none goes on after the second; None: no limit, but for what `until` says."""
+    postponed: bool = False
+    """Whether max-autotune takes part in `autotune` alone: a target has a time before minutes go into that."""
     records: list[Record] = field(default_factory=list)
     out_of_time: list[Case] = field(default_factory=list)
     failures: dict[Case, WorkerFailed] = field(default_factory=dict)
     """Cases that could not be measured at all."""
+    retried: list[Case] = field(default_factory=list)
+    """Cases that `autotune` has measured again."""
     _by_case: dict[Case, list[Record]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,8 +63,15 @@ class Run:
         """Until everything is given up; None: no limit."""
         return None if self._session.ends is None else self._session.ends - time.monotonic()
 
+    def until(self, last_start: float, ends: float) -> None:
+        """No case starts after this time.monotonic(), none goes on after that; whoever had no time has another turn."""
+        self._last_start, self._session.ends = last_start, ends
+        self.out_of_time.clear()
+
     def autotuned(self, case: Case) -> bool:
         """Whether max-autotune takes part: little changes by it on a CPU, and it costs minutes on a GPU."""
+        if self.postponed:
+            return case in self.retried
         return self.full or (self.device == "cuda" and case in cases.autotuned())
 
     def settings(self, case: Case) -> list[str]:
@@ -74,8 +85,7 @@ class Run:
             raise self.failures[case]
         if case not in self._by_case:
             try:
-                if self._last_start is not None and time.monotonic() > self._last_start:
-                    raise OutOfTime
+                self._check_time()
                 self._by_case[case] = self._session.measure(case, autotune=self.autotuned(case))
             except OutOfTime:
                 self.out_of_time.append(case)
@@ -86,18 +96,32 @@ class Run:
             self.records += self._by_case[case]
         return self._by_case[case]
 
+    def autotune(self, case: Case) -> list[Record]:
+        """The records of a case with max-autotune in them, in place of those there were. OutOfTime; WorkerFailed."""
+        self._check_time()
+        found = self._session.measure(case, autotune=True)
+        before = self._by_case.get(case, [])
+        place = self.records.index(before[0]) if before else len(self.records)
+        self.records[place : place + len(before)] = self._by_case[case] = found
+        self.retried.append(case)
+        return found
+
+    def _check_time(self) -> None:
+        if self._last_start is not None and time.monotonic() > self._last_start:
+            raise OutOfTime
+
     def left_out(self) -> list[str]:
         """What the machine could have run, and this run did not."""
         lines = cases.left_out(self.cases, self.device)
         if not all(self.autotuned(case) for case in self.cases):
-            lines.append(
-                "torch.compile with max-autotune"
-                + (", but for the first of the targets" if self.device == "cuda" else "")
-            )
+            taken = ", but for the first of the targets" if self.device == "cuda" else ""
+            if self.postponed:
+                taken = "".join(f", but for {case.title}" for case in self.retried)
+            lines.append(f"torch.compile with max-autotune{taken}")
         if self.out_of_time:
-            assert self.minutes is not None
             titles = "; ".join(case.title for case in self.out_of_time)
-            lines.append(f"for want of time (no case starts after {self.minutes[0]:.3g} minutes): {titles}")
+            limit = f" (no case starts after {self.minutes[0]:.3g} minutes)" if self.minutes is not None else ""
+            lines.append(f"for want of time{limit}: {titles}")
         return lines
 
     @property

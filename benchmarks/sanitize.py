@@ -1,4 +1,5 @@
-"""Every loss of every backend for GPUs on a few small shapes, and what reads out of bounds if anything does.
+"""Every loss of every backend for GPUs on a few small shapes, Triton's dense block forward and backward, and what reads
+out of bounds if anything does.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitize
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
+from ban_fast.backends.dense_interface import Need
+from ban_fast.backends.dense_shape import Norm
 from ban_fast.losses import cwtm_loss, dkpp_loss, kd_loss
 from benchmarks.cases import TITLE, Case, Dtype, Shape
 from benchmarks.gate import gradient
@@ -32,6 +35,11 @@ def main(device: torch.device, shapes: Sequence[Shape]) -> None:
             losses(backend, device, shape)
             edges(backend, device, shape)
         print(f"{backend}: {len(shapes)} shapes", flush=True)
+        if backend == "triton":
+            for dtype in (torch.float32, torch.bfloat16):
+                for out in (7, 0):
+                    dense(device, dtype, out)
+            print("dense blocks", flush=True)
 
 
 def losses(backend: str, device: torch.device, shape: Shape) -> None:
@@ -60,6 +68,37 @@ def edges(backend: str, device: torch.device, shape: Shape) -> None:
     loss = cwtm_loss(student, teacher, labels, **arguments)
     assert loss.isnan(), "CWTM hides a label that is not there"
     _assert_no_gradient(loss, student)
+
+
+def dense(device: torch.device, dtype: torch.dtype, out: int) -> None:
+    """A dense block of two units and its exit to `out` channels, or to the mean over an image: forward, and every
+    gradient. Widths and pixels that no tile and no 16 bytes divide."""
+    from ban_fast.backends.triton import dense as kernels
+
+    generator = torch.Generator(device).manual_seed(0)
+    norms: list[Norm] = []
+    convs: list[Tensor] = []
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def norm(channels: int) -> Norm:
+        return Norm(normal(channels), normal(channels), None, None, 1e-5)
+
+    entry, growth, batch, side = 11, 5, 2, 5
+    for channels in (entry, entry + growth):
+        norms += [norm(channels), norm(4 * growth)]
+        convs += [normal(4 * growth, channels, 1, 1) / 4, normal(growth, 4 * growth, 3, 3) / 13]
+    norms.append(norm(entry + 2 * growth))
+    if out:
+        convs.append(normal(out, entry + 2 * growth, 1, 1) / 4)
+    convs = [weight.to(dtype) for weight in convs]
+    x = normal(batch, entry, side, side).to(dtype, memory_format=torch.channels_last)
+    y, saved = kernels.forward(x, convs, norms, group="", keep=True)
+    need = Need(True, [True] * len(convs), [True] * len(norms))
+    found = kernels.backward(normal(*y.shape).to(dtype), saved, convs, norms, need, group="")
+    everything = [y, found.x, *found.convs, *found.norms]
+    assert all(each is not None and each.isfinite().all() for each in everything), (dtype, out)
 
 
 def _assert_no_gradient(loss: Tensor, student: Tensor) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,15 +27,35 @@ import torch
 from ban_fast import data
 from ban_fast.data import Split
 from benchmarks import machine, targets
-from benchmarks.harness import interleave, quantiles
-from benchmarks.step_figures import PARTS, SUPERVISED, Case, Record, table
+from benchmarks.harness import TookTooLong, interleave, quantiles, rounds_for, time_limit
+from benchmarks.step_figures import (
+    CACHED,
+    COMPILED,
+    COMPOSED,
+    EAGER,
+    LIVE,
+    NAIVE,
+    PARTS,
+    SUPERVISED,
+    Case,
+    Record,
+    table,
+)
 from benchmarks.trainers import CLASSES, Trainer, networks, trainers
 
 LAP_STEPS = {"cpu": {"wrn-16-1": 16, "densenet-bc-100-12": 2}, "cuda": {}}
 GPU_STEPS = 40
 WARM_UPS = {"cpu": 2, "cuda": 5}
-ROUNDS = 7
+ROUNDS = (7, 41)
+ROUND_SECONDS = {"cpu": 60.0, "cuda": 0.0}
+"""Of all rounds, within `ROUNDS`. On a CPU seven of wrn-16-1's 0.4 s laps leave a ratio to within 5 %, its target."""
+LEAST_ROUNDS = 3
+"""Of a measurement whose time ends."""
+WIND_UP = 5.0
+"""Seconds that a measuring process is ready before its time is over."""
 SHARE_ROUNDS = 3
+BUILT = (CACHED, SUPERVISED, LIVE, NAIVE, EAGER, COMPOSED, COMPILED)
+"""In this order: what targets ask of every case first, what is compiled last."""
 # Off the gradient of the plain fp32 network and loss, in the 2-norm: bf16, or fp32 rounded otherwise through a hundred
 # layers, whose ReLUs flip (7.6e-3 between DenseNet-BC-100-12 and itself in channels_last, on noise).
 LIMITS = {"cpu": 2e-2, "cuda": 0.3}
@@ -43,10 +64,15 @@ LIMITS = {"cpu": 2e-2, "cuda": 0.3}
 def cases(device: str) -> list[Case]:
     """The usual ones; on a GPU also those of PERFORMANCE's whole-step rows."""
     if device == "cpu":
+        return judged(device)
+    return [*judged(device), Case("wrn-28-2", 128), Case("densenet-bc-100-12", 128), Case("densenet-112-33", 128)]
+
+
+def judged(device: str) -> list[Case]:
+    """Those that targets are set for, on a GPU the ones with most of them first."""
+    if device == "cpu":
         return [Case("wrn-16-1", 32), Case("densenet-bc-100-12", 32)]
-    wide = [Case("wrn-28-10", 128), Case("wrn-28-2", 128)]
-    dense = [Case("densenet-bc-100-12", 128), Case("densenet-112-33", 128)]
-    return [*wide, *dense, Case("densenet-bc-100-12", 64), Case("densenet-80-80", 128)]
+    return [Case("densenet-bc-100-12", 64), Case("densenet-80-80", 128), Case("wrn-28-10", 128)]
 
 
 def steps_a_lap(case: Case, device: str) -> int:
@@ -64,41 +90,73 @@ def images(count: int) -> tuple[Split, str]:
     return Split(pixels, torch.arange(count) % CLASSES, torch.arange(count)), "random images"
 
 
-def measure(case: Case, device: str, rounds: int = ROUNDS, names: tuple[str, ...] | None = None) -> Record:
-    """Every trainer's seconds a step, round by round in turn, and the shares of a step's parts."""
+def measure(
+    case: Case,
+    device: str,
+    rounds: int | None = None,
+    names: tuple[str, ...] | None = None,
+    *,
+    seconds: float | None = None,
+    ends: float | None = None,
+) -> Record:
+    """Every trainer's seconds a step, round by round in turn, and the shares of a step's parts.
+
+    As many `rounds`, or as fit into `seconds` (the device's usual ones). Compiled trainers are built last: one that is
+    not ready when the others need what is left until `ends`, a time.monotonic(), says so, and costs them nothing.
+    """
     where, steps = torch.device(device), steps_a_lap(case, device)
     torch.backends.cudnn.benchmark = True  # for all alike
     split, what = images(steps * case.batch)
-    entries: dict[str, Record] = {}
+    makers = {name: make for name, make in trainers(where).items() if names is None or name in names}
+    entries: dict[str, Record] = {name: {"off": None, "failed": None, "laps_s": [], "shares": None} for name in makers}
     ready: dict[str, Trainer] = {}
-    for name, make in trainers(where).items():
-        if names is not None and name not in names:
-            continue
-        begin = time.perf_counter()
-        entry: Record = {"off": None, "failed": None, "laps_s": [], "shares": None}
-        entries[name] = entry
-        try:
-            trainer = make(case, split, where)
-            entry["off"] = None if name == SUPERVISED else gradient_off(trainer)
-            for _ in range(
-                WARM_UPS[device]
-            ):  # compiles, fills the cache, records graphs, and tries how many steps each
-                trainer.epoch()
-        except Exception as error:
-            entry["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            continue
-        entry["first_s"] = time.perf_counter() - begin
-        if entry["off"] is None or entry["off"] <= LIMITS[device]:
-            ready[name] = trainer
-    laps, failures = interleave({name: _lap(trainer, steps) for name, trainer in ready.items()}, rounds)
+    epochs: dict[str, float] = {}
+    """Seconds of everyone's last epoch of the warm-up."""
+    for name in sorted(makers, key=lambda name: BUILT.index(name) if name in BUILT else -1):
+        least = (LEAST_ROUNDS + 2 * SHARE_ROUNDS) * (sum(epochs.values()) + max(epochs.values(), default=0.0))
+        left = None if ends is None else max(0.1, ends - time.monotonic() - least)
+        make = partial(makers[name], case, split, where)
+        trainer = _ready(make, entries[name], device, left, taught=name != SUPERVISED)
+        if trainer is not None:
+            ready[name], epochs[name] = trainer, entries[name]["epoch_s"]
+    count = rounds or rounds_for(sum(epochs.values()), ROUND_SECONDS[device] if seconds is None else seconds, ROUNDS)
+    if ends is not None:
+        left = ends - time.monotonic() - 2 * SHARE_ROUNDS * sum(epochs.values())
+        count = rounds_for(sum(epochs.values()), left, (min(LEAST_ROUNDS, count), count))
+    running = {name: ready[name] for name in makers if name in ready}
+    laps, failures = interleave({name: _lap(trainer, steps) for name, trainer in running.items()}, count)
     for name, each in laps.items():
         entries[name]["laps_s"] = each
     for name, error in failures.items():
         entries[name]["failed"] = f"{type(error).__name__}: {error}"
-    seconds = {name: [parts(ready[name]) for _ in range(SHARE_ROUNDS)] for name in laps}
-    for name, several in seconds.items():
+    spent = {name: [parts(ready[name]) for _ in range(SHARE_ROUNDS)] for name in laps}
+    for name, several in spent.items():
         entries[name]["shares"] = _shares(several)
     return {"case": asdict(case), "device": device, "images": what, "steps_a_lap": steps, "trainers": entries}
+
+
+def _ready(
+    make: Callable[[], Trainer], entry: Record, device: str, most: float | None, *, taught: bool
+) -> Trainer | None:
+    """A warm trainer with the right gradient; what there is to say of it, or why there is none, goes into `entry`."""
+    begin = time.perf_counter()
+    try:
+        with time_limit(most):
+            trainer = make()
+            entry["off"] = gradient_off(trainer) if taught else None
+            for _ in range(WARM_UPS[device]):  # compiles, fills the cache, records graphs, tries how many steps each
+                start = time.perf_counter()
+                trainer.epoch()
+                _wait(trainer)
+                entry["epoch_s"] = time.perf_counter() - start
+    except TookTooLong:
+        entry["failed"] = f"left out: not ready within {most:.0f} s"
+        return None
+    except Exception as error:
+        entry["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return None
+    entry["first_s"] = time.perf_counter() - begin
+    return trainer if entry["off"] is None or entry["off"] <= LIMITS[device] else None
 
 
 def gradient_off(trainer: Trainer) -> float:
@@ -168,9 +226,17 @@ def _wait(trainer: Trainer) -> None:
         torch.cuda.synchronize()
 
 
-def measure_apart(case: Case, device: str, rounds: int = ROUNDS, timeout: float | None = None) -> Record:
+def measure_apart(
+    case: Case,
+    device: str,
+    rounds: int | None = None,
+    *,
+    seconds: float | None = None,
+    timeout: float | None = None,
+) -> Record:
     """`measure` in a process of its own. subprocess.SubprocessError where it fails, or takes too long."""
-    request = json.dumps({"case": asdict(case), "device": device, "rounds": rounds})
+    ends = None if timeout is None else time.monotonic() + timeout - WIND_UP  # all processes have that clock
+    request = json.dumps({"case": asdict(case), "device": device, "rounds": rounds, "seconds": seconds, "ends": ends})
     command = [sys.executable, "-m", "benchmarks.step", "--answer", request]
     # The workers of compilers and of loaders go with the process that started them.
     done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=timeout)
@@ -182,13 +248,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--network", action="append", help="instead of this device's usual ones")
     parser.add_argument("--batch", type=int, default=32, help="with --network")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--rounds", type=int, help="default: 7 on a GPU, on a CPU as many as fit into a minute, 41 at most"
+    )
     parser.add_argument("--json", type=Path, help="write machine, versions and every lap there")
     parser.add_argument("--answer", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.answer is not None:
         request = json.loads(options.answer)
-        print(json.dumps(measure(Case(**request["case"]), request["device"], request["rounds"])))
+        print(json.dumps(measure(**request | {"case": Case(**request["case"])})))
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = [Case(network, options.batch) for network in options.network or ()] or cases(device)
@@ -197,12 +265,12 @@ def main(arguments: list[str] | None = None) -> None:
         record = measure_apart(case, device, options.rounds)
         results["steps"].append(record)
         print(f"{table(record)}\n", flush=True)
+        if options.json is not None:  # after each: a run may be killed in the next
+            machine.write(options.json, json.dumps(results, indent=1) + "\n")
     for verdict in targets.judge(results | {"records": []}):
         if verdict.value is not None:
             what, bound, _, found, met = verdict.cells
             print(f"{met:>3}  {what}: {found} (asked {bound})")
-    if options.json is not None:
-        machine.write(options.json, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import densenet_figures, loaders, machine, step_figures
 from benchmarks.cases import TITLE, Case, targets
-from benchmarks.figures import PEERS, Figures, Record, best, gb_s, milliseconds, ours, ratio, share
+from benchmarks.figures import PEERS, Figures, Record, best, gb_s, milliseconds, our_name, ratio, share
 from benchmarks.targets import NOT_MEASURED, judge
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -87,7 +87,7 @@ def summary(figures: Figures, cases: Sequence[Case]) -> str:
                     f"{TITLE[case.objective]} [{case.rows}, {case.classes}] {case.dtype}"
                     + (", near" if case.regime == "near" else ""),
                     setting,
-                    _ms(ours(record)),
+                    _ours(record),
                     _percent(share(record, "2R1W")),
                     _named(record, eager),
                     _named(record, compiled),
@@ -95,12 +95,24 @@ def summary(figures: Figures, cases: Sequence[Case]) -> str:
                 ]
             )
     head = ["", "", "ban_fast ms", "of 2R1W", "best eager ms", "best torch.compile ms", "best other / ban_fast"]
-    return _table(head, rows)
+    return _table(head, rows) + of_auto(figures)
 
 
 def target_table(results: Results) -> str:
     """Every target of the device: asked, goal, measured."""
-    return _table(["", "asked", "goal", "measured", "met"], [verdict.cells for verdict in judge(results)])
+    rows = [verdict.cells for verdict in judge(results)]
+    return _table(["", "asked", "goal", "measured", "met"], rows) + of_auto(Figures(results["records"]))
+
+
+def of_auto(figures: Figures) -> str:
+    """A paragraph where what is shown of ours is not what backend="auto" gives yet."""
+    taken = {r["automatic"].removeprefix("ban_fast ") for r in figures.records if not r.get("auto_measured", True)}
+    if not taken:
+        return ""
+    return (
+        '\n\nOf ban_fast\'s backends the fastest is shown, and named: backend="auto" had no measured table for this '
+        f"device, and takes {' or '.join(sorted(taken))}. After `python -m benchmarks.dispatch` it follows the fastest."
+    )
 
 
 def case_table(figures: Figures, case: Case) -> str:
@@ -197,6 +209,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _errors(entry: dict[str, Any], regime: str) -> str:
     errors = entry["gate"].get(regime)
     return "" if errors is None else f"{errors['loss']:.0e}, {errors['gradient']:.0e}"
+
+
+def _ours(record: Record) -> str:
+    """Our time, and whose it is where "auto" has nothing measured to follow."""
+    name = our_name(record)
+    return _ms(milliseconds(record, name)) if record.get("auto_measured", True) else _named(record, name)
 
 
 def _named(record: Record, name: str | None) -> str:

@@ -14,7 +14,7 @@ from benchmarks import cuda, densenet_figures, loaders, step_figures
 from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape
 from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED
 from benchmarks.densenet_figures import Case as DenseCase
-from benchmarks.figures import PEERS, Figures, ours, ratio, share
+from benchmarks.figures import PEERS, Figures, our_name, ours, ratio, share
 from benchmarks.session import DEFAULT, TUNED
 from benchmarks.step_figures import CACHED, COMPOSED, NAIVE, SUPERVISED
 from benchmarks.step_figures import Case as StepCase
@@ -33,6 +33,8 @@ class Target:
     at_most: float | None = None
     goal: float | None = None
     unit: str = "x"
+    of: tuple[tuple[Case, str], ...] = ()
+    """The cases of losses, and their settings, that it is of."""
 
     def met(self, value: float) -> bool:
         if self.at_least is not None:
@@ -47,6 +49,10 @@ class Verdict:
 
     target: Target
     value: float | None
+    by: str = ""
+    """Whose figure it is where backend="auto" has no measured table to follow."""
+    auto: float | None = None
+    """What "auto" came to there."""
 
     @property
     def met(self) -> bool | None:
@@ -59,6 +65,9 @@ class Verdict:
         bound = f">= {target.at_least:.3g}" if target.at_least is not None else f"<= {target.at_most:.3g}"
         goal = "" if target.goal is None else f"{target.goal:.3g}{unit}"
         found = NOT_MEASURED if self.value is None else f"{self.value:.3g}{unit}"
+        if self.by:
+            auto = NOT_MEASURED if self.auto is None else f"{self.auto:.3g}{unit}"
+            found += f" ({self.by})" if self.auto == self.value else f" ({self.by}; auto: {auto})"
         return [target.what, bound + unit, goal, found, {None: "", True: "yes", False: "no"}[self.met]]
 
 
@@ -66,7 +75,19 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
     """Every target of the device that the results are of."""
     steps, densenets = results.get("steps", []), results.get("densenets", [])
     figures = Figures(results["records"], steps, results.get("loaders"), densenets)
-    return [Verdict(target, target.quantity(figures)) for target in targets(results["device"])]
+    as_auto, found = figures.as_auto(), []
+    for target in targets(results["device"]):
+        value, by = target.quantity(figures), _by(target, figures)
+        found.append(Verdict(target, value, by, target.quantity(as_auto)) if by else Verdict(target, value))
+    return found
+
+
+def _by(target: Target, figures: Figures) -> str:
+    """The backends that stand for ours where "auto" follows no measured table, the later ones as the divisor."""
+    records = [record for where in target.of if (record := figures.find(*where)) is not None]
+    if len(records) < len(target.of) or all(record.get("auto_measured", True) for record in records):
+        return ""
+    return " over ".join(dict.fromkeys(our_name(record).removeprefix("ban_fast ") for record in records))
 
 
 def targets(device: str) -> list[Target]:
@@ -110,6 +131,7 @@ def _gpu() -> list[Target]:
         _time(huge, cuda.PLAIN, 1600),
         _share(huge, cuda.PLAIN, 0.92),
         _against(huge, cuda.PLAIN, ("compile",), "the best torch.compile", 2.3),
+        _against(huge, cuda.PLAIN, ("triton",), "the best open Triton (speculators, Fast-LLM)", 2.0),
         _against(huge, cuda.PLAIN, ("liger",), "softmaxes and Liger", 6.0),
     ]
     ptb: tuple[tuple[Dtype, float], ...] = (("bf16", 19), ("fp32", 36))
@@ -153,6 +175,7 @@ def _against(
         quantity=lambda figures: ratio(figures.find(case, setting), kinds),
         at_least=least,
         goal=goal,
+        of=((case, setting),),
     )
 
 
@@ -162,6 +185,7 @@ def _share(case: Case, setting: str, least: float) -> Target:
         quantity=lambda figures: share(figures.find(case, setting), "copy"),
         at_least=least,
         unit="",
+        of=((case, setting),),
     )
 
 
@@ -171,7 +195,8 @@ def _time(case: Case, setting: str, most_us: float) -> Target:
         mine = None if record is None else ours(record)
         return None if mine is None else mine * 1e3
 
-    return Target(what=f"{case.title}, {setting}", quantity=quantity, at_most=most_us, unit=" us")
+    where = ((case, setting),)
+    return Target(what=f"{case.title}, {setting}", quantity=quantity, at_most=most_us, unit=" us", of=where)
 
 
 def _to_kd(case: Case, setting: str, most: float) -> Target:
@@ -182,7 +207,8 @@ def _to_kd(case: Case, setting: str, most: float) -> Target:
         mine, kds = one and ours(one), other and ours(other)
         return mine / kds if mine and kds else None
 
-    return Target(what=f"{case.title}, {setting}: times our KD", quantity=quantity, at_most=most)
+    where = ((case, setting), (kd, setting))
+    return Target(what=f"{case.title}, {setting}: times our KD", quantity=quantity, at_most=most, of=where)
 
 
 def _step_over(

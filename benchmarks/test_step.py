@@ -10,6 +10,8 @@ from benchmarks import run, step, step_figures, trainers
 from benchmarks.test_losses import Replay
 
 REPLAY = Replay()
+SECONDS = 20.0
+"""Of a case's rounds, but for --full: seven of them; what comes after has its time too."""
 CASES = step.cases(run.device())
 measure = cache(step.measure_apart)
 NAMES = tuple(trainers.trainers(torch.device(run.device())))
@@ -21,7 +23,7 @@ NAMES = tuple(trainers.trainers(torch.device(run.device())))
 def test_whole_step(benchmark: Any, pytestconfig: pytest.Config, case: step_figures.Case, name: str) -> None:
     if case != CASES[0] and not pytestconfig.getoption("--full"):
         pytest.skip("left out, but for --full")
-    record = measure(case, run.device())
+    record = measure(case, run.device(), seconds=None if pytestconfig.getoption("--full") else SECONDS)
     entry = record["trainers"][name]
     assert entry["failed"] is None, entry["failed"]
     assert entry["off"] is None or entry["off"] <= step.LIMITS[run.device()]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ban_fast.backends import table
 from benchmarks.cases import Case
 from benchmarks.cuda import Lost
 from benchmarks.inputs import TORCH_DTYPE
@@ -31,7 +32,8 @@ def answer(bench: Bench, request: dict[str, Any]) -> list[dict[str, Any]]:
         case, candidates, request["settings"], seconds=request["seconds"], excluded=request["excluded"]
     )
     ours = automatic(case.objective, request["device"], TORCH_DTYPE[case.dtype], (case.rows, case.classes))
-    return [record | {"automatic": ours} for record in records]
+    followed = table.measured(request["device"]) is not None
+    return [record | {"automatic": ours, "auto_measured": followed} for record in records]
 
 
 def _read(requests: queue.SimpleQueue[str]) -> None:

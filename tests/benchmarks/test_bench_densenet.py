@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import bench_records
@@ -13,6 +15,8 @@ import torch
 
 from benchmarks import densenet, densenet_figures, machine, report, tables, targets
 from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED, Record
+from benchmarks.densenet_turns import ProviderFailed, Turns
+from benchmarks.harness import TIME_OVER
 
 SMALL = densenet.Case("densenet-bc-16-4", 4)
 
@@ -60,14 +64,120 @@ def test_processes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each["off"] for each in entries.values()] == [0, pytest.approx(0, abs=densenet.LIMITS[False]), None]
     assert "no such mode" in entries["compile no such mode"]["failed"]
     assert (entries[PLAIN]["failed"], entries[SHARED]["failed"]) == (None, None)
-    assert densenet._entry([0.5], 0.03, None, SMALL) == {"off": 0.03, "failed": None, "laps_s": []}
 
 
-def test_a_process_that_ends_is_an_error() -> None:
-    with densenet.Processes([PLAIN], SMALL, "cpu", None) as processes:
-        processes._of[PLAIN].kill()
+def processes_of(*providers: str) -> densenet.Processes:
+    groups = [(provider,) for provider in providers]
+    return densenet.Processes(groups, lambda group: densenet._command("laps", SMALL, "cpu", group), None)
+
+
+def test_a_process_that_ends_costs_nobody_else_a_lap() -> None:
+    with processes_of(PLAIN, SHARED) as processes:
+        processes._of[SHARED].kill()
         with pytest.raises(subprocess.CalledProcessError):
-            processes.lap(PLAIN)
+            processes.lap(SHARED)
+        found = Turns(processes, 2, densenet.LIMITS[False], early=False).run([[PLAIN, SHARED]])
+    assert len(found[PLAIN]["laps_s"]) == 2
+    assert found[SHARED] == {"off": None, "failed": "its process ended with status -9", "laps_s": []}
+
+
+def test_who_is_not_built_in_time_says_so() -> None:
+    with processes_of(PLAIN) as processes:
+        with pytest.raises(ProviderFailed, match="left out: not built within 0 s"):
+            processes.lap(PLAIN, 0.001)
+        assert processes.lap(PLAIN) > 0  # and its process goes on
+
+
+class Scripted:
+    """Processes that answer each lap by a function of (provider, its laps so far): seconds, or what it raises."""
+
+    ends = None
+
+    def __init__(self, answer: Callable[[str, int], float | Exception], off: float = 0.0) -> None:
+        self.answer, self.gradient, self.counts = answer, off, Counter[str]()
+
+    def lap(self, provider: str, most: float | None = None) -> float:
+        self.counts[provider] += 1
+        answer = self.answer(provider, self.counts[provider] - 1)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def off(self, provider: str) -> float:
+        return self.gradient
+
+
+def scripted(answer: Callable[[str, int], float | Exception], off: float = 0.0) -> dict[str, Record]:
+    """As on a GPU: `late` joins for three further rounds."""
+    processes: Any = Scripted(answer, off)
+    return Turns(processes, 3, 0.02, early=True).run([["a", "b"], ["late"]])
+
+
+LATE = subprocess.TimeoutExpired("python", 1)
+
+
+def test_who_is_compiled_joins_later_and_is_compared_by_the_rounds_that_both_had() -> None:
+    laps = scripted(lambda provider, count: 10.0 * (provider != "late") + count)
+    assert [len(entry["laps_s"]) for entry in laps.values()] == [6, 6, 3]
+    assert [entry.get("first_round") for entry in laps.values()] == [None, None, 3]
+    record = made_up(SMALL.network, 4, False, **laps)
+    assert densenet_figures.over(record, "late", "a") == pytest.approx(4 / 17)  # the fifth round's: warm-up has three
+    assert "| late | 4000.0" in densenet_figures.table(record)
+    assert not scripted(lambda provider, count: 1.0, off=0.03)["a"]["laps_s"]  # another gradient
+
+
+def test_what_was_measured_is_kept_when_time_is_over() -> None:
+    built = {"a": 1.0, "b": 2.0, "late": LATE}
+    laps = scripted(lambda provider, count: built[provider])
+    assert [len(entry["laps_s"]) for entry in laps.values()] == [3, 3, 0]
+    assert [entry["failed"] for entry in laps.values()] == [None, None, TIME_OVER]
+    within = scripted(lambda provider, count: LATE if (provider, count) == ("b", 7) else 1.0)  # warm-up, 3, and one
+    assert [len(entry["laps_s"]) for entry in within.values()] == [5, 4, 0]
+    assert [entry["failed"] for entry in within.values()] == [None, None, TIME_OVER]
+    at_once = scripted(lambda provider, count: LATE if count == 4 else 1.0)
+    assert {entry["failed"] for entry in at_once.values()} == {TIME_OVER}
+
+
+def test_who_fails_in_a_later_phase_keeps_what_it_had() -> None:
+    """A device that compiling leaves in disorder, say."""
+    laps = scripted(lambda provider, count: ProviderFailed("lost") if count > 6 or provider == "late" else 1.0)
+    assert [len(entry["laps_s"]) for entry in laps.values()] == [3, 3, 0]
+    assert [entry["failed"] for entry in laps.values()] == [None, None, "lost"]
+    broken = scripted(lambda provider, count: ProviderFailed("lost") if count == 4 and provider == "b" else 1.0)
+    assert [len(entry["laps_s"]) for entry in broken.values()] == [6, 0, 3]
+    assert broken["b"]["failed"] == "lost"
+
+
+def test_memory_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And costs nobody a lap; graphs hold what is held without them, which is measured once."""
+    asked: list[str] = []
+
+    def apart(provider: str, *_: object) -> Record:
+        asked.append(provider)
+        if provider == CHECKPOINT:
+            raise subprocess.CalledProcessError(1, "python")
+        if provider == CHANNELS_LAST:
+            raise LATE
+        return {"held_bytes": 1e6, "saved_bytes": 2e6, "peak_bytes": 3e6}
+
+    timed = {"off": 0.0, "failed": None, "laps_s": [1.0]}
+    monkeypatch.setattr(densenet, "memory_apart", apart)
+    monkeypatch.setattr(densenet, "times", lambda providers, *_: {provider: dict(timed) for provider in providers})
+    record = densenet.measure(SMALL, "cuda")
+    assert sorted(asked[:3]) == sorted([PLAIN, CHECKPOINT, SHARED])  # what targets ask for, first
+    assert sorted(asked) == sorted([*densenet.PROVIDERS])
+    assert record["providers"][SHARED + GRAPHED]["saved_bytes"] == 2e6
+    text = densenet_figures.table(record)
+    assert "| checkpoint | 1000.0 (1000.0 to 1000.0) | 4 | 1.00 |  |  |  | 0e+00 |" in text
+    assert "\nNo memory of checkpoint: its process ended with status 1" in text
+    assert f"No memory of plain channels_last, plain channels_last, graphed: {TIME_OVER}" in text
+
+
+def test_a_gpu_s_targets_come_first() -> None:
+    usual = densenet.usual("cuda")
+    assert set(usual) == {*densenet.PROVIDERS, *densenet.ON_GPUS}
+    judged = {PLAIN, SHARED, SHARED + GRAPHED, CHANNELS_LAST, CHECKPOINT, *densenet_figures.COMPILED}
+    assert set(usual[: len(judged)]) == judged
 
 
 def test_who_has_no_time_is_in_the_table() -> None:
@@ -172,8 +282,8 @@ def test_a_report_has_them_and_goes_on_without_what_fails(monkeypatch: pytest.Mo
 
 
 def test_a_measurement_ends_in_time() -> None:
-    with pytest.raises(subprocess.TimeoutExpired):
-        densenet.measure(SMALL, "cpu", providers=(PLAIN,), timeout=0.1)
+    entry = densenet.measure(SMALL, "cpu", providers=(PLAIN,), timeout=0.1)["providers"][PLAIN]
+    assert entry == {"off": None, "failed": TIME_OVER, "laps_s": []}
 
 
 def test_a_report_measures_what_targets_are_set_for() -> None:

@@ -118,16 +118,18 @@ def test_a_cell_without_a_decision_is_measured_once_more(
 
 
 def test_comments_and_layout_leave_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [tmp_path / "a.py", tmp_path / "b.cpp"]
+    files = [tmp_path / "a.py", tmp_path / "b.cpp", tmp_path / "CMakeLists.txt"]
     monkeypatch.setattr(measured, "sources", lambda device: files)
 
-    def fingerprint(python: str, cpp: str) -> str:
-        for file, text in zip(files, (python, cpp), strict=True):
+    def fingerprint(python: str, cpp: str, cmake: str = "set(FLAGS -O3)\n") -> str:
+        for file, text in zip(files, (python, cpp, cmake), strict=True):
             file.write_text(text)
         return measured.fingerprint("cpu")
 
     first = fingerprint("x = 1\n", "int x = 1;\n")
     assert fingerprint("x = 1  # why\n", "/* two\nlines */ int x =\n 1; // one\n") == first
+    assert fingerprint("x = 1\n", "int x = 1;\n", "# fast\nset(FLAGS\n  -O3)\n") == first
+    assert fingerprint("x = 1\n", "int x = 1;\n", "set(FLAGS -O2)\n") != first
     assert fingerprint("x = 2\n", "int x = 1;\n") != first
     assert fingerprint("x = 1\n", "int x = 2;\n") != first
 
@@ -136,7 +138,8 @@ def test_the_fingerprint_is_of_the_kernels_of_that_device() -> None:
     cpu, cuda = ({str(path.relative_to(measured.ROOT)) for path in measured.sources(d)} for d in ("cpu", "cuda"))
     assert {"csrc/row_math.h", "csrc/cpu/kd_rows.cpp", "ban_fast/backends/native.py"} <= cpu
     assert {"csrc/row_math.h", "ban_fast/backends/triton/distill_kernel.py"} <= cuda
-    assert "ban_fast/backends/reference.py" in cpu & cuda
+    assert {"ban_fast/backends/reference.py", "CMakeLists.txt"} <= cpu & cuda
+    assert "csrc/python/usual.cpp" in cpu - cuda
     assert not [path for path in cpu if "cuda" in path or "triton" in path or "images" in path]
     assert not [path for path in cuda if "/cpu/" in path]
 

@@ -4,18 +4,16 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from bench_records import record
 from torch import Tensor, nn
 
-from benchmarks import cuda, gate, machine, measure, report, session, tables
+from benchmarks import cuda, gate, measure, report, session
 from benchmarks import run as runs
 from benchmarks.cases import HUGE, LARGE, SMALL, Case
 from benchmarks.providers import Provider, Step, providers
@@ -169,132 +167,6 @@ def test_memory_may_end_at_any_time(when: str, monkeypatch: pytest.MonkeyPatch) 
     assert measuring._prepared["bad"].failed is None  # it may fit in another setting
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[int, dict[str, Any], str]]:
-    """Runs the report as on a machine with a GPU: its exit status, its results file and the tables."""
-    page = tmp_path / "README.md"
-    page.write_text(f"{tables.BEGIN}\n{tables.END}\n")
-    described = {
-        "device": "cuda",
-        "machine": {"cores": 2, "threads": 2, "vector": "", "l3": "", "libc": "", "gpu": {"name": "Card Y"}},
-        "versions": {"torch": "9.9"},
-        "source": {"commit": "0123456789", "dirty": False},
-        "date": "2025-01-02",
-        "load_at_start": 0.1,
-    }
-    monkeypatch.setattr(runs, "device", lambda: "cuda")
-    monkeypatch.setitem(report.MINUTES, "cuda", 600.0)  # nothing is left out where this machine is slow
-    monkeypatch.setattr(machine, "describe", lambda device, commit: described)
-    monkeypatch.setattr(report, "rewrite", lambda: tables.rewrite(page, tables.all_pages(tables.load(tmp_path))))
-
-    def make(commands: Callable[..., Any], cases: Callable[..., Any]) -> tuple[int, dict[str, Any], str]:
-        monkeypatch.setattr(report, "_run", commands)
-        monkeypatch.setattr(Session, "measure", lambda self, case, *, autotune: cases(case))
-        status = report.main([str(tmp_path)])
-        (file,) = tmp_path.glob("*.json")
-        return status, json.loads(file.read_text()), page.read_text()
-
-    return make
-
-
-def passing(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.CompletedProcess(command, 0, "fine\n== 3 passed ==\n")
-
-
-def measured(case: Case) -> list[dict[str, Any]]:
-    return [record(cuda.PLAIN) | {"case": case.to_dict(), "laps_s": {}}]
-
-
-@pytest.mark.slow
-def test_a_run_in_which_all_goes_well(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    status, results, page = gpu(passing, measured)
-    assert status == 0
-    assert results["complete"]
-    assert {each["name"]: each["passed"] for each in results["checks"]} == {
-        "build": True,
-        "GPU tests": True,
-        "GPU tests of Triton": True,
-        "memcheck": True,
-        "racecheck": True,
-    }
-    assert "- memcheck: compute-sanitizer is not installed" in page
-    assert "3 passed" in page
-    assert len(results["records"]) == len(runs.Run("cuda", full=True, minutes=None).cases)
-    assert "Failed" not in page
-
-
-@pytest.mark.slow
-def test_a_run_in_which_everything_fails(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
-
-    def commands(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
-        assert 10 <= limit <= 180
-        if "racecheck" in command:
-            raise OSError("no such file")
-        if "memcheck" in command:
-            raise subprocess.TimeoutExpired(command, limit, "....F.. [ 34%]\n")
-        return subprocess.CompletedProcess(command, 1, "1 failed, 2 passed in 3 s\n")
-
-    def cases(case: Case) -> list[dict[str, Any]]:
-        if case.objective == "kd":
-            raise WorkerFailed("cuda: CUDA out of memory")
-        if case.objective == "dkpp":
-            raise OutOfTime
-        return measured(case)
-
-    status, results, page = gpu(commands, cases)
-    assert status == 1
-    assert [each["passed"] for each in results["checks"]] == [False] * 6
-    for line in (
-        "- GPU tests: failed, status 1",
-        "- memcheck: not done within 60 s (....F.. [ 34%])",
-        "- racecheck: could not be started: no such file",
-        "- KD [8192, 128256] bf16, random logits: cuda: CUDA out of memory",
-        "- for want of time",
-        "| CWTM, confidence known [8192, 128256] bf16",
-        "not measured yet",
-    ):
-        assert line in page, line
-    assert {each["case"]["objective"] for each in results["records"]} == {"kd_labels", "cwtm", "cwtm_confidence"}
-
-
-def test_a_run_that_is_killed_leaves_what_it_had(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    count = iter(range(10))
-
-    def killed(case: Case) -> list[dict[str, Any]]:
-        if next(count) == 3:
-            raise SystemExit("killed")
-        return measured(case)
-
-    with pytest.raises(SystemExit):
-        gpu(passing, killed)
-    (results,) = tables.load(tmp_path)
-    assert not results["complete"]
-    assert len(results["records"]) == 3
-    assert "The run was cut short." in tables.all_pages([results])
-
-
-def test_checks_end_in_time_with_their_children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    begun, communicate = tmp_path / "begun", subprocess.Popen.communicate
-
-    def once_begun(process: subprocess.Popen[str], timeout: float | None = None) -> tuple[str, str]:
-        """The time runs when the command has said something: a busy machine may take seconds to start it."""
-        while timeout is not None and process.poll() is None and not begun.exists():
-            time.sleep(0.01)
-        return communicate(process, timeout=timeout)
-
-    monkeypatch.setattr(subprocess.Popen, "communicate", once_begun)
-    code = "import pathlib, subprocess, sys; print('so far', flush=True); pathlib.Path(sys.argv[1]).touch(); "
-    code += "subprocess.run(['sleep', '60'])"
-    with pytest.raises(subprocess.TimeoutExpired) as caught:
-        report._run([sys.executable, "-c", code, str(begun)], 0.1)
-    assert report._last(caught.value.output) == "so far"
-    done = report.check("build", ["true"], ends=0.0)
-    assert done == {"name": "build", "passed": True, "outcome": "left out: the run's time was over"}
-
-
 def test_what_the_sanitizer_watches_holds_by_itself() -> None:
     """Shown by the one backend for GPUs that runs without one, in Triton's interpreter: in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed (it comes with torch where torch is built for CUDA)")
@@ -304,7 +176,7 @@ def test_what_the_sanitizer_watches_holds_by_itself() -> None:
         [sys.executable, "-c", code], cwd=report.ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "triton: 2 shapes\n"
+    assert done.stdout == "triton: 2 shapes\ndense blocks\n"
 
 
 def test_settings_of_a_gpu() -> None:
@@ -373,6 +245,34 @@ def test_liger_is_absent_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         reasons = {each.absent for each in providers("kd", "fp32", device, autotune=False) if each.kind == "liger"}
         assert reasons == {reason}
     assert not [each for each in providers("dkpp", "fp32", "cuda", autotune=False) if each.kind == "liger"]
+
+
+def test_open_triton_peers_are_named_absent_or_given_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """speculators' loss takes logits [1, T, V] and answers row by row; Fast-LLM's kernels cannot be installed."""
+    module = ModuleType("fused")
+
+    def fused(z: Tensor, t: Tensor) -> Tensor:
+        return nn.functional.kl_div(z.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+    vars(module)["fused_kl_div_loss"] = fused
+    monkeypatch.setitem(sys.modules, "speculators.losses.fused", module)
+    monkeypatch.setitem(sys.modules, "speculators", ModuleType("speculators"))
+    monkeypatch.setitem(sys.modules, "speculators.losses", ModuleType("losses"))
+    for objective in ("kd", "kd_labels"):
+        for installed, device, reason in (
+            (None, "cuda", "speculators is not installed"),
+            ("there", "cpu", "speculators' kernels are Triton's, for GPUs"),
+            ("there", "cuda", None),
+        ):
+            monkeypatch.setattr("importlib.util.find_spec", lambda name, found=installed: found)
+            first, second = (p for p in providers(objective, "fp32", device, autotune=False) if p.kind == "triton")
+            assert (first.name, first.absent) == ("speculators KL", reason)
+            assert second.absent is not None
+            assert "Fast-LLM is on no package index" in second.absent
+        case = Case(objective=objective, rows=6, classes=33, dtype="fp32")
+        errors = gate.measure(case, "random", first, first.build(), torch.device("cpu"))
+        assert errors is not None
+        assert gate.refusal(errors, "fp32") is None
 
 
 BENCHMARKS = """

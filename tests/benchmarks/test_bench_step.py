@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +137,77 @@ def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = step_figures.table(found).splitlines()
     assert lines[-2].startswith("| wrong | no time |")
     assert lines[-1].startswith("| broken | RuntimeError: no teacher |")
+
+
+@pytest.mark.parametrize(
+    ("device", "lap", "rounds"), [("cpu", 2.0, 10), ("cpu", 30.0, 7), ("cpu", 0.1, 41), ("cuda", 2.0, 7)]
+)
+def test_rounds_fill_a_minute_on_a_cpu(
+    device: str, lap: float, rounds: int, monkeypatch: pytest.MonkeyPatch, made: dict[str, Any]
+) -> None:
+    """Three trainers of so many seconds an epoch; on a GPU seven rounds do."""
+    made |= {"a": lap, "b": lap, COMPOSED: lap}
+    found = step.measure(SMALL, device)
+    assert {len(entry["laps_s"]) for entry in found["trainers"].values()} == {rounds}
+    assert {len(entry["laps_s"]) for entry in step.measure(SMALL, device, rounds=2)["trainers"].values()} == {2}
+
+
+def test_who_is_compiled_is_built_last_and_in_the_time_that_is_left(made: dict[str, Any]) -> None:
+    """The others keep theirs, and what time they need for their rounds."""
+    made |= {COMPOSED: "slow to build", "a": 1.0, "b": 1.0}
+    found = step.measure(SMALL, "cpu", ends=100.0)
+    limits = made["limits"]
+    assert limits[0] == pytest.approx(100.0)
+    # 100 s less 4 of warm-ups, and three rounds and three times the shares of the two, and of one more.
+    assert limits[2] == pytest.approx(100 - 4 - 9 * 3)
+    assert list(found["trainers"]) == [COMPOSED, "a", "b"]
+    assert found["trainers"][COMPOSED]["failed"] == "left out: not ready within 69 s"
+    assert [len(entry["laps_s"]) for entry in found["trainers"].values()] == [0, 7, 7]
+
+
+def test_rounds_end_in_time(made: dict[str, Any]) -> None:
+    made |= {"a": 2.0, "b": 3.0}
+    found = step.measure(SMALL, "cpu", ends=65.0)  # 10 of warm-ups, 30 for shares
+    assert {len(entry["laps_s"]) for entry in found["trainers"].values()} == {5}
+    assert {len(entry["laps_s"]) for entry in step.measure(SMALL, "cpu", ends=1.0)["trainers"].values()} == {3}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Trainers to be told of: seconds of an epoch by name, on a clock that only they turn. Their limits are noted."""
+    told: dict[str, Any] = {}
+    now, limits = [0.0], []
+
+    class Made:
+        def __init__(self, name: str) -> None:
+            self.name, self.device = name, CPU
+            if told[name] == "slow to build":
+                now[0] += limits[-1]
+                raise step.TookTooLong
+
+        def epoch(self) -> None:
+            now[0] += told[self.name]
+
+    @contextmanager
+    def noted(seconds: float | None) -> Iterator[None]:
+        limits.append(seconds)
+        told["limits"] = limits
+        yield
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(step, "time", clock)
+    monkeypatch.setattr(step, "time_limit", noted)
+    monkeypatch.setattr(step, "gradient_off", lambda trainer: 0.0)
+    monkeypatch.setattr(step, "_wait", lambda trainer: None)
+    monkeypatch.setattr(step, "parts", lambda trainer: dict.fromkeys(step.PARTS, 1.0))
+    monkeypatch.setitem(step.WARM_UPS, "cuda", 2)
+    names = lambda device: {name: partial(_made, Made, name) for name in told if name != "limits"}  # noqa: E731
+    monkeypatch.setattr(step, "trainers", names)
+    return told
+
+
+def _made(make: Callable[[str], Any], name: str, *_: object) -> Any:
+    return make(name)
 
 
 def test_targets_are_judged_round_by_round() -> None:

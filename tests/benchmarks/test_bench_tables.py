@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bench_records import record, results
+from bench_records import entry, record, results
 
 from benchmarks import cuda, machine, tables, targets
 from benchmarks.figures import Figures, best, gb_s, ours, ratio, share
@@ -89,6 +89,26 @@ def test_all_targets_met_is_status_0(tmp_path: Path, monkeypatch: pytest.MonkeyP
         targets, "targets", lambda device: [each for each in found if "random logits, tuned" in each.what][:1]
     )
     assert targets.main([str(file)]) == 0
+
+
+def test_our_fastest_is_judged_and_named_where_auto_follows_no_table() -> None:
+    """And what "auto" comes to stands beside it."""
+    case = {"objective": "kd", "rows": 128, "classes": 100, "dtype": "fp32", "regime": "random"}
+    r = record(cuda.PLAIN, ms=0.01, case=case, automatic="ban_fast triton", auto_measured=False)
+    r["providers"]["ban_fast triton"] = entry("ban_fast", 0.02)
+    r["providers"]["eager kl_div"] = entry("eager", 0.08)
+    r["providers"]["eager soft-CE"] = entry("eager", 0.09)
+    assert (ours(r), ratio(r, ("eager",))) == (0.01, 8)
+    text = tables.target_table(results("cuda", records=[r]))
+    row = next(line for line in text.splitlines() if "against the fastest eager form" in line and "[128" in line)
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [">= 6x", "", "8x (native; auto: 4x)", "yes"]
+    assert "takes triton. After `python -m benchmarks.dispatch` it follows the fastest." in text
+    assert "0.01 (native)" in tables.summary(Figures([r]), Figures([r]).cases())
+    r["providers"]["ban_fast native"]["time"] = None  # refused by the gate, say
+    assert "4x (triton)" in tables.target_table(results("cuda", records=[r]))
+    measured = tables.target_table(results("cuda", records=[r | {"auto_measured": True}]))
+    assert "triton)" not in measured
+    assert "benchmarks.dispatch" not in measured
 
 
 def test_near_logits_are_judged_like_random_ones() -> None:

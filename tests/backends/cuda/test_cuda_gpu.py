@@ -44,8 +44,8 @@ class TestOnTheDevice(Contract):
         ("classes", "dtype"), [(32000, torch.float64), (32000, torch.float32), (600_001, torch.float32)]
     )
     def test_large_rows_that_leap(self, device: torch.device, classes: int, dtype: torch.dtype, regime: str) -> None:
-        """Read twice in fp64, in fp32 on an A100, and of 4.8 MB everywhere: no cluster holds so much, and a thread adds up
-        2344 terms in fp32, of whose sum 6e-6 was lost in the emulator."""
+        """Read twice in fp64, in fp32 on an A100, and of 4.8 MB everywhere: no cluster holds so much. A thread adds up
+        2344 terms in fp32 then, and their sum had lost 6e-6 in the emulator."""
         student, teacher = (x.to(dtype) for x in logits(classes, regime))
         labels, rows = labels_of(classes), torch.tensor(TEACHER_ROWS)
         error = STORED[dtype] if dtype == torch.float64 else FAR_ERROR

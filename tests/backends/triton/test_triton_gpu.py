@@ -113,9 +113,9 @@ def replayed(loss: Loss, logits: Tensor, inputs: Inputs) -> None:
 
 
 @pytest.fixture
-def backlog(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No stream has a counter, the memory that they will be in holds no 0, and the default stream, on which it will be
-    set to 0, is at work for half a second or so."""
+def no_counters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stream has a counter yet, and the memory that they will be in holds no 0. Tests then keep the default stream,
+    on which it is set to 0, at work for half a second or so."""
     for name in ("kd", "cwtm"):  # compiled and loaded before
         with_gradient(LOSSES[name], student(device, 100), Inputs(device, 100))
     monkeypatch.setattr(launch, "_spare_counters", {})
@@ -127,7 +127,7 @@ def backlog(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["kd", "cwtm"])
-@pytest.mark.usefixtures("backlog")
+@pytest.mark.usefixtures("no_counters")
 def test_every_stream_waits_for_its_counter(name: str, device: torch.device) -> None:
     sides = [(Inputs(device, 100), student(device, 100, seed=seed)) for seed in range(4)]
     expected = [plain(name, logits, inputs) for inputs, logits in sides]
@@ -152,7 +152,7 @@ def plain(name: str, logits: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return with_gradient(loss, logits, inputs)
 
 
-@pytest.mark.usefixtures("backlog")
+@pytest.mark.usefixtures("no_counters")
 def test_a_graph_captured_by_hand_counts_from_zero(device: torch.device) -> None:
     """capture_begin waits for nothing, but the graph is replayed after what warmed it up."""
     inputs, logits = Inputs(device, 100), student(device, 100)

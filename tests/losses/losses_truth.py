@@ -45,7 +45,7 @@ def kd(
 
 def of_a_certain_teacher(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean cross-entropy of p_T with q_T in float64, measured from the teacher's largest class r: log1p(R) of the
-    student's, and for the others p_i (z_r - z_i) / T more. A sum over log q would lose what p_r = 1 - 1e-12 has left."""
+    student's, and for the others p_i (z_r - z_i) / T more. A sum over log q would lose what 1 - p_r = 1e-12 is."""
     r = teacher.argmax(1, keepdim=True)
     z, t = ((x - x.gather(1, r)).double() / temperature for x in (student.double(), teacher.double()))
     others = t.exp().scatter(1, r, 0)

@@ -268,7 +268,8 @@ def _workspace(device: torch.device, place: tuple[int, int]) -> tuple[Tensor, Te
     """Scratch that a loss's blocks leave their sums in, and the counter, 0, by which they know the last of them.
 
     Launches on one stream follow one another and share them. A captured launch may run beside any other: it has a
-    counter to itself, for as long as the process lives, and scratch of its graph's memory.
+    counter to itself, for as long as the process lives, and scratch of its graph's memory. The block of these is 0 once
+    what any stream's first call waits for is there, and a graph is replayed after the calls that warmed it up.
     """
     index = place[0]
     if _is_capturing(device):

@@ -52,7 +52,8 @@ def kd_rows(student: Tensor, teacher: Tensor, temperature: float) -> KdRows:
     kl_terms = torch.where(take_far, far.kl_terms, near.kl_terms).clamp_min(0)
     difference = torch.where(take_far, far.difference, near.difference)
     surprise = torch.where(p == 0, 0, p * -t_shifted)
-    entropy = t_sum.squeeze(1).log() + surprise.sum(dim=1)
+    others = t_exp.scatter(1, r, 0)  # log S by what they have: in S itself, a certain teacher's is rounded off
+    entropy = others.sum(dim=1).log1p() + surprise.sum(dim=1)
     return KdRows(kl_terms.sum(dim=1), difference, entropy)
 
 

@@ -76,6 +76,21 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
   return {s.value(), a.value(), kEntropy ? -h.value() : 0.0, largest};
 }
 
+// log S of the teacher's exponentials in the row's exp, of which S is the sum. Where the reference has most of it, S shows
+// its own rounding, in fp32 that of 1, and the logarithm comes from what the other classes have.
+template <class T>
+static double log_exp_sum(const KDRow<T> row, double s) {
+  if (!(s < 1.5)) return log_of_sum(s);
+  const T peak = row.exp[row.reference];
+  row.exp[row.reference] = T(0);
+  LaneSum<T> others;
+  for_vectors<T>(
+      0, row.classes, [&](std::int64_t i, auto) BAN_FAST_LAMBDA { others.add(load(row.exp + i)); },
+      [&]() BAN_FAST_LAMBDA { others.end_block(); });
+  row.exp[row.reference] = peak;
+  return log1p(others.value());
+}
+
 // KL by the difference form, and the gradient, unless To is NoGradient. A gradient that is streamed to where no vector
 // begins is laid aside first, in the row's exp: sums keep the order of the row.
 template <bool kLabel, class T, class To>
@@ -200,11 +215,12 @@ class KDRows {
     store(expm1_neg, near.expm1_neg);
     for (int k = 0; k < count_; ++k) {
       const NearRow<T> scalars{T(log_mass[k]), T(exp_neg[k]), T(expm1_neg[k])};
-      double divergence = 0.0;
+      double divergence = 0.0, entropy = 0.0;
+      if (job_.entropy) entropy = sums[k].h / sums[k].s + log_exp_sum(rows_[k], sums[k].s);
       with_gradient_row<T>(job_.gradient, numbers_[k], job_.selection.classes, [&](auto* gradient) BAN_FAST_LAMBDA {
         divergence = distil(rows_[k], sums[k], scalars, gradient);
       });
-      if (job_.entropy) divergence += sums[k].h / sums[k].s + log_of_sum(sums[k].s);
+      divergence += entropy;
       job_.kd_values[numbers_[k]] = divergence;
     }
     count_ = 0;

@@ -137,6 +137,10 @@ BAN_FAST_DEVICE RowSums<T> held_sums(const DistillTask<T>& task, Rows& rows, Tea
 // Rows that are read anew each time are measured from a class that is large in the first tiles, and rebased to the
 // peak: with delta = d_guess - d_peak, A = e^delta A_guess + expm1(delta) S. Where that cancels, or a d is large, they
 // are read once more.
+//
+// A large d asks for that even where the guess was right: a leaping class is weighed from the guess, as if each thread's
+// top were there already, and shrinks with the rest by e^(top - t_r) when it gets there. That can only lower A, so a row
+// that is far without what was lost is so with it, and is not read again.
 template <class T, class Rows, class Team>
 BAN_FAST_DEVICE RowSums<T> streamed_sums(const DistillTask<T>& task, Rows& rows, Team& team, const Permuter* permuter,
                                          const LogitRow& student, const LogitRow& teacher, int label) {
@@ -156,14 +160,15 @@ BAN_FAST_DEVICE RowSums<T> streamed_sums(const DistillTask<T>& task, Rows& rows,
   RowSums<T> found{reference, heights.student, as_totals(task, sums)};
   team.total(found.totals);
   found.totals.sums[kRest] = or_nan(found.totals.sums[kRest], heights.student);
-  if (peak == guess) return found;
+  const bool leaps = found.totals.largest > T(kLeaping);
+  if (peak == guess && !(leaps && found.totals.sums[kA] <= kLeapingMass * found.totals.sums[kS])) return found;
 
   const T delta = relative_difference(guessed.apart, reference.apart, task.temperature);
   const double change = expm1(double(delta)), scaled = (change + 1.0) * found.totals.sums[kA];
   const double added = change * found.totals.sums[kS], a = scaled + added;
   constexpr double kCancelled = 1.0 / 16.0;
-  if (found.totals.largest <= T(kLeaping) && magnitude(delta) <= T(kLeaping) &&
-      magnitude(a) >= kCancelled * (magnitude(scaled) + magnitude(added))) {
+  const bool cancels = !(magnitude(a) >= kCancelled * (magnitude(scaled) + magnitude(added)));
+  if (!leaps && magnitude(delta) <= T(kLeaping) && !cancels) {
     found.totals.sums[kA] = a;
     found.totals.largest += delta;
     return found;

@@ -1,5 +1,7 @@
 """KDLoss against float64 autograd of the textbook formula, above all where the textbook loses fp32 entirely."""
 
+import math
+
 import losses_truth as truth
 import pytest
 import torch
@@ -194,6 +196,28 @@ def test_label_term_where_the_label_is_nearly_certain(backend: str, temperature:
             expected, expected_gradient = truth.certain_label(student.detach(), labels)
             assert truth.relative_error(truth.gradient(loss, student), expected_gradient) < GRADIENT
             assert truth.relative_error(loss, expected) < GRADIENT
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, GRADIENT), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("temperature", [1.0, 3.5])
+def test_cross_entropy_with_a_nearly_certain_teacher(
+    backend: str, temperature: float, dtype: torch.dtype, limit: float
+) -> None:
+    """p_r = 1 - 1e-5 and closer: the sum of the teacher's exponentials has two digits of its logarithm left in fp32 at
+    1 - 1e-5, and none at 1 - 1e-9; four in fp64 at 1 - 1e-12."""
+    torch.manual_seed(8)
+    for classes in CLASSES:
+        for doubt in (1e-5, 1e-9, 1e-12):
+            rows = rows_for(classes)
+            r = torch.randint(classes, (rows, 1))
+            teacher = temperature * torch.randn(rows, classes, dtype=torch.float64)
+            others = temperature * (teacher / temperature).scatter(1, r, -torch.inf).logsumexp(1, keepdim=True)
+            teacher = teacher.scatter(1, r, others - temperature * math.log(doubt)).to(dtype)
+            student = (teacher + 1e-3 * torch.randn(rows, classes)).to(dtype)
+            options = {"temperature": temperature, "divergence": "ce", "scale_t2": False}
+            loss = kd_loss(student, teacher, backend=backend, **options)
+            expected = truth.of_a_certain_teacher(student, teacher, temperature)
+            assert truth.relative_error(loss, expected) < limit, (classes, doubt)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "ce"])

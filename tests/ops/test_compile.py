@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from ban_fast.backends import dispatch
 from ban_fast.losses import CWTMLoss, DKPPLoss, KDLoss, cwtm_loss, dkpp_loss, dkpp_targets, kd_loss
 
 LABELS = torch.tensor([0, -100, 4, 2])
@@ -48,6 +49,33 @@ def test_one_graph_and_the_same_bits(backend: str, name: str, dtype: torch.dtype
         inputs = (student.to(dtype).view(shape), teacher.view(shape), LABELS.view(shape[:-1]))
         for value, expected in zip(with_gradient(compiled, *inputs), with_gradient(loss, *inputs), strict=True):
             assert torch.equal(value, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_one_graph_on_a_gpu(backend: str, name: str) -> None:
+    """By the default compiler, whose graph calls the operators of CUDA tensors."""
+    problem = dispatch.available("cuda")[backend]
+    if problem is not None:
+        pytest.skip(problem)
+    agrees_as_one_graph(CASES[name](backend), torch.device("cuda", torch.cuda.current_device()))
+
+
+def agrees_as_one_graph(loss: Callable[..., Tensor], device: torch.device) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda z, *rest: loss(1.5 * z, *rest), fullgraph=True)
+    student, teacher = logits()
+    inputs = student.to(device), teacher.to(device), LABELS.to(device)
+    found = with_gradient(compiled, *inputs)
+    expected = with_gradient(lambda z, *rest: loss(1.5 * z, *rest), *inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_one_graph_by_the_default_compiler(backend: str) -> None:
+    agrees_as_one_graph(CASES["cwtm"](backend), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("module", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ban_fast import losses
+from ban_fast.backends import dispatch
 
 assert losses  # registers the operators
 
@@ -20,51 +21,81 @@ def logits(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 LABELS, ROWS = torch.tensor([0, -100, 4, 2]), torch.tensor([6, 0, 0, 3])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "reduction", "need_grad"),
-    [
-        (torch.float32, "mean", True),
-        (torch.float64, "sum", True),
-        (torch.bfloat16, "none", True),
-        (torch.float16, "mean", True),
-        (torch.float16, "none", False),
-    ],
-)
-def test_kd(backend: str, dtype: torch.dtype, reduction: str, need_grad: bool) -> None:
-    student, teacher = logits(dtype)
-    options: dict[str, Any] = {**KD, "reduction": reduction, "need_grad": need_grad, "backend": backend}
-    torch.library.opcheck(torch.ops.ban_fast.kd, (student, teacher, LABELS, ROWS), {**options, "label_weight": 0.3})
-    torch.library.opcheck(
-        torch.ops.ban_fast.kd, (student.t().contiguous().t(), teacher[:4], None, None), {**options, "label_weight": 0.0}
+def opcheck(name: str, device: torch.device, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """torch's own checks of an operator, with operands that were made on the CPU."""
+    there = tuple(value.to(device) if isinstance(value, torch.Tensor) else value for value in operands)
+    torch.library.opcheck(getattr(torch.ops.ban_fast, name), there, options)
+
+
+class Opchecks:
+    """Subclasses say of what: fixtures `backend` and `device`."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "reduction", "need_grad"),
+        [
+            (torch.float32, "mean", True),
+            (torch.float64, "sum", True),
+            (torch.bfloat16, "none", True),
+            (torch.float16, "mean", True),
+            (torch.float16, "none", False),
+        ],
     )
+    def test_kd(self, backend: str, device: torch.device, dtype: torch.dtype, reduction: str, need_grad: bool) -> None:
+        student, teacher = logits(dtype)
+        options: dict[str, Any] = {**KD, "reduction": reduction, "need_grad": need_grad, "backend": backend}
+        opcheck("kd", device, (student, teacher, LABELS, ROWS), {**options, "label_weight": 0.3})
+        transposed = student.t().contiguous().t()
+        opcheck("kd", device, (transposed, teacher[:4], None, None), {**options, "label_weight": 0.0})
+
+    @pytest.mark.parametrize(
+        ("dtype", "need_grad"), [(torch.float32, True), (torch.float16, True), (torch.float64, False)]
+    )
+    def test_cwtm(self, backend: str, device: torch.device, dtype: torch.dtype, need_grad: bool) -> None:
+        student, teacher = logits(dtype)
+        options = {"weight_by": "teacher_max", "ignore_index": -100, "need_grad": need_grad, "backend": backend}
+        opcheck("cwtm", device, (student, teacher, LABELS, None, None, ROWS), options)
+        one = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        opcheck("cwtm", device, (student, None, LABELS, torch.rand(4), one, None), options)
+
+    @pytest.mark.parametrize(("dtype", "reduction"), [(torch.float32, "mean"), (torch.float16, "none")])
+    def test_dkpp(self, backend: str, device: torch.device, dtype: torch.dtype, reduction: str) -> None:
+        student, teacher = logits(dtype)
+        step = torch.tensor(3)
+        options = {**KD, "label_weight": 0.3, "reduction": reduction, "need_grad": True, "seed": 1, "backend": backend}
+        opcheck("dkpp", device, (student, teacher, LABELS, ROWS * 9, step, ROWS), options)
+        targets = {"seed": -1, "temperature": 2.0, "backend": backend}
+        opcheck("dkpp_targets", device, (teacher.to(dtype), None, step, None), targets)
+        opcheck("dkpp_targets", device, (teacher.double(), ROWS, step, ROWS), targets)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_scale_grad(self, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+        grad = torch.randn(4, 5).to(dtype)
+        scale = torch.tensor(0.25) if dtype == torch.float16 else torch.empty(0)
+        two = torch.tensor(2.0, device=device)
+        for grad_output in (two, torch.tensor(1.0), torch.randn(4), two.expand(4)):
+            opcheck("scale_grad", device, (grad, grad_output, scale, backend), {})
 
 
-@pytest.mark.parametrize(("dtype", "need_grad"), [(torch.float32, True), (torch.float16, True), (torch.float64, False)])
-def test_cwtm(backend: str, dtype: torch.dtype, need_grad: bool) -> None:
-    student, teacher = logits(dtype)
-    options = {"weight_by": "teacher_max", "ignore_index": -100, "need_grad": need_grad, "backend": backend}
-    torch.library.opcheck(torch.ops.ban_fast.cwtm, (student, teacher, LABELS, None, None, ROWS), options)
-    one = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.library.opcheck(torch.ops.ban_fast.cwtm, (student, None, LABELS, torch.rand(4), one, None), options)
+class TestOnTheCPU(Opchecks):
+    @pytest.fixture
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
 
-@pytest.mark.parametrize(("dtype", "reduction"), [(torch.float32, "mean"), (torch.float16, "none")])
-def test_dkpp(backend: str, dtype: torch.dtype, reduction: str) -> None:
-    student, teacher = logits(dtype)
-    step = torch.tensor(3)
-    options = {**KD, "label_weight": 0.3, "reduction": reduction, "need_grad": True, "seed": 1, "backend": backend}
-    torch.library.opcheck(torch.ops.ban_fast.dkpp, (student, teacher, LABELS, ROWS * 9, step, ROWS), options)
-    targets = {"seed": -1, "temperature": 2.0, "backend": backend}
-    torch.library.opcheck(torch.ops.ban_fast.dkpp_targets, (teacher.to(dtype), None, step, None), targets)
-    torch.library.opcheck(torch.ops.ban_fast.dkpp_targets, (teacher.double(), ROWS, step, ROWS), targets)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+class TestOnAGPU(Opchecks):
+    @pytest.fixture(params=["native", "triton"])
+    def backend(self, request: pytest.FixtureRequest) -> str:
+        problem = dispatch.available("cuda")[request.param]
+        if problem is not None:
+            pytest.skip(problem)
+        name: str = request.param
+        return name
 
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_scale_grad(backend: str, dtype: torch.dtype) -> None:
-    grad = torch.randn(4, 5).to(dtype)
-    scale = torch.tensor(0.25) if dtype == torch.float16 else torch.empty(0)
-    for grad_output in (torch.tensor(2.0), torch.tensor(1.0), torch.randn(4), torch.tensor(2.0).expand(4)):
-        torch.library.opcheck(torch.ops.ban_fast.scale_grad, (grad, grad_output, scale, backend))
+    @pytest.fixture
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,12 @@ def _near(
         a = tl.where(far, tl.where(mass <= MUCH_MASS, mass, float("inf")), a)
     g = divide(total(g_parts, PARTS), t_sum, ACC)
     log_mass = log1p(a, ACC)
-    by_e = exp(-log_mass, ACC) * divide(slope, t_sum, ACC)
-    offset = expm1(-log_mass, ACC) * divide(slope, t_sum, ACC)
+    by_e = exp(-log_mass, ACC)
+    offset = expm1(-log_mass, ACC)
+    scale = divide(slope, t_sum, ACC)
     apart = ()
-    for p in tl.static_range(PARTS):
-        apart = apart + (weight[p] * (e[p] * by_e + offset),)
+    for p in tl.static_range(PARTS):  # the slope comes last: an fp16 gradient's is up to 2^15, and e ends at e^88
+        apart = apart + (weight[p] * (e[p] * by_e + offset) * scale,)
     return centred_kl(a, g, log_mass), apart, a, t_sum
 
 

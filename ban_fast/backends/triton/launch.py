@@ -5,14 +5,14 @@ import ctypes
 import math
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ban_fast.backends.interface import LossOutput
-from ban_fast.backends.lasting import lasting
+from ban_fast.backends.lasting import lasting, made_apart
 from ban_fast.backends.triton.row_math import ANY, LOG2_E, POWER_OF_TWO, UNIT
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
@@ -23,9 +23,17 @@ _CAPTURED_CALLS = 1 << 15
 _COUNTER_STRIDE = 8
 """32 bytes, a sector of the L2 cache each."""
 
+
+class _Spare(NamedTuple):
+    """A device's counters that no stream and no captured call has: of one block, held for good."""
+
+    counters: Iterator[Tensor]
+    zeroed: torch.cuda.Event
+    """For which every stream waits before it counts: the block is set to 0 on the default stream, behind its work."""
+
+
 _stream_counters: dict[tuple[int | None, int], Tensor] = {}
-_spare_counters: dict[int | None, Iterator[Tensor]] = {}
-"""A device's counters that no stream and no captured call has: of one block, held for good."""
+_spare_counters: dict[int | None, _Spare] = {}
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -110,25 +118,34 @@ def counter(device: torch.device) -> Tensor:
 
     Launches on one stream follow one another and share a counter; PyTorch takes its streams from a pool and destroys none.
     A captured launch may run beside any other, so it has a counter to itself for as long as the process lives (a graph's
-    own launches do not overlap: replays of one graph follow one another). These are 0 before any graph runs, as
-    `torch.cuda.graph` waits for the device before it captures. Where there are none left, or none yet, the graph sets one of
-    its own memory to 0, in a launch more. A counter's place is divisible by 16 everywhere, since a kernel compiled for other
-    places could not be loaded while a graph is captured.
+    own launches do not overlap: replays of one graph follow one another). These are 0 before any graph runs:
+    `torch.cuda.graph` waits for the device before it captures. `CUDAGraph.capture_begin` does not, and a capture can wait
+    for no event from outside; but a graph is replayed after the calls that warmed it up, and their stream has waited.
+    Where there are none left, or none yet, the graph sets one of its own memory to 0, in a launch more. A counter's place
+    is divisible by 16 everywhere, since a kernel compiled for other places could not be loaded while a graph is captured.
     """
     if device.type != "cuda":
         return torch.zeros((), dtype=torch.int32, device=device)
     index = device.index
     if torch.cuda.is_current_stream_capturing():
-        own = next(_spare_counters[index], None) if index in _spare_counters else None
+        own = next(_spare_counters[index].counters, None) if index in _spare_counters else None
         return torch.zeros((), dtype=torch.int32, device=device) if own is None else own
-    if index not in _spare_counters:
-        shape = (_CAPTURED_CALLS, _COUNTER_STRIDE)
-        block = lasting(lambda: torch.zeros(shape, dtype=torch.int32, device=device), device)
-        _spare_counters[index] = (block[i, 0] for i in range(_CAPTURED_CALLS))
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    stream = torch.cuda.current_stream(device)
+    key = (index, stream.cuda_stream)
     if key not in _stream_counters:
-        own = next(_spare_counters[index], None)
-        if own is None:
-            own = lasting(lambda: torch.zeros((), dtype=torch.int32, device=device), device)
-        _stream_counters[key] = own
+        _stream_counters[key] = _counter_of(stream, device)
     return _stream_counters[key]
+
+
+def _counter_of(stream: torch.cuda.Stream, device: torch.device) -> Tensor:
+    """For the current stream, that has none yet."""
+    if device.index not in _spare_counters:
+        shape = (_CAPTURED_CALLS, _COUNTER_STRIDE)
+        block, zeroed = made_apart(lambda: torch.zeros(shape, dtype=torch.int32, device=device), device)
+        _spare_counters[device.index] = _Spare((block[i, 0] for i in range(_CAPTURED_CALLS)), zeroed)
+    spare = _spare_counters[device.index]
+    own = next(spare.counters, None)
+    if own is None:
+        return lasting(lambda: torch.zeros((), dtype=torch.int32, device=device), device)
+    stream.wait_event(spare.zeroed)
+    return own

@@ -63,6 +63,13 @@ def logits(classes: int, regime: str, rows: int = ROWS) -> tuple[Tensor, Tensor]
     if regime == "leaping":  # one that it finds, far off
         teacher[:, 0] -= 100
         return near, teacher
+    if (
+        regime == "late"
+    ):  # the peak is found first, and three such classes after it, with e^-0.5, e^-2 and e^-4 of the mass
+        teacher[:, 1] = near[:, 1] = 14
+        for place, below, share in ((classes // 2, 24.0, 0.5), (-2, 30.0, 2.0), (-1, 60.0, 4.0)):
+            teacher[:, place], near[:, place] = 14 - below, 14 - share
+        return near, teacher
     assert regime == "far"
     return 12 * noise, 12 * teacher
 
@@ -136,6 +143,18 @@ class Contract:
         student, teacher = logits(classes, regime)
         # A step of fp32 at 100 is 7.6e-6, of which TwoSum finds all, but the truth's float64 exp of such logits not.
         self.check("kd", device, student, teacher, None, torch.tensor(TEACHER_ROWS), **KD, gradient=2 * ERROR)
+
+    @pytest.mark.parametrize("regime", ["near", "shifted", "dropped", "leaping", "late", "far"])
+    @pytest.mark.parametrize("classes", [10, 128, 129, 1000])
+    def test_kd_in_fp64(self, device: torch.device, classes: int, regime: str) -> None:
+        """Rows of more than 128 classes are read twice. The truth is no better than these are."""
+        student, teacher = (x.double() for x in logits(classes, regime))
+        labels, rows = labels_of(classes), torch.tensor(TEACHER_ROWS)
+        options = {**KD, "label_weight": 0.3, "reduction": "none"}
+        self.check("kd", device, student, teacher, labels, rows, **options, value=STORED[torch.float64])
+        self.check(
+            "dkpp", device, student, teacher, labels, None, 5, rows, seed=2, **options, value=STORED[torch.float64]
+        )
 
     @pytest.mark.parametrize("classes", [2, 100, 600, 4000])
     def test_kd_far_off(self, device: torch.device, classes: int) -> None:

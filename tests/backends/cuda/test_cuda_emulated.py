@@ -70,6 +70,20 @@ class TestInTheEmulator(Contract):
         error = 1e-5 if regime == "far" else 2e-6
         self.check("kd", device, *tensors, **options, value=error, gradient=error)
 
+    @pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+    @pytest.mark.parametrize("classes", [1025, 4000])
+    def test_rows_read_twice_whose_peak_comes_first(
+        self, emulated: Emulated, device: torch.device, classes: int, types: tuple[torch.dtype, torch.dtype]
+    ) -> None:
+        """The guess is right, and classes that leap come before most threads' tops are as high as it."""
+        emulated.configure(Device(2 << 10, 2 << 10, 1))
+        student, teacher = (x.to(dtype) for x, dtype in zip(logits(classes, "late"), types, strict=True))
+        labels, rows = labels_of(classes), torch.tensor(TEACHER_ROWS)
+        for temperature in (0.8, 1.0):
+            options = {**KD, "temperature": temperature, "label_weight": 0.3, "divergence": "ce"}
+            self.check("kd", device, student, teacher, labels, rows, **options)
+            self.check("dkpp", device, student, teacher, labels, None, 5, rows, seed=2, **options)
+
     @pytest.mark.parametrize(("classes", "dimension"), [(4, 0), (4, 1), (1500, 0)])
     def test_strides_of_more_elements_than_32_bits_count(
         self,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_contract import CWTM, ERROR, KD, TEACHER_ROWS, Contract, labels_of, logits, relative, truth
+from cuda_contract import CWTM, ERROR, FAR_ERROR, KD, STORED, TEACHER_ROWS, Contract, labels_of, logits, relative, truth
 from torch import Tensor
 
 from ban_fast.backends import native_cuda
@@ -38,6 +38,22 @@ class TestOnTheDevice(Contract):
         self.check("kd", device, student, teacher, labels, rows, **options)
         self.check("dkpp", device, student, teacher, labels, None, 5, rows, seed=2, **options)
         self.check("cwtm", device, student, teacher, labels, None, None, rows, **CWTM)
+
+    @pytest.mark.parametrize("regime", ["leaping", "late", "far"])
+    @pytest.mark.parametrize(
+        ("classes", "dtype"), [(32000, torch.float64), (32000, torch.float32), (600_001, torch.float32)]
+    )
+    def test_large_rows_that_leap(self, device: torch.device, classes: int, dtype: torch.dtype, regime: str) -> None:
+        """Read twice in fp64, in fp32 on an A100, and of 4.8 MB everywhere: no cluster holds so much. A thread adds up
+        2344 terms in fp32 then, and their sum had lost 6e-6 in the emulator."""
+        student, teacher = (x.to(dtype) for x in logits(classes, regime))
+        labels, rows = labels_of(classes), torch.tensor(TEACHER_ROWS)
+        error = STORED[dtype] if dtype == torch.float64 else FAR_ERROR
+        options = {**KD, "label_weight": 0.3}
+        self.check("kd", device, student, teacher, labels, rows, **options, value=error, gradient=error)
+        self.check(
+            "dkpp", device, student, teacher, labels, None, 5, rows, seed=2, **options, value=error, gradient=error
+        )
 
     def test_many_long_rows(self, device: torch.device) -> None:
         """More rows than clusters that a device holds: a cluster's memory is used again."""

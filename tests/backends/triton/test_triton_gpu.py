@@ -112,6 +112,68 @@ def replayed(loss: Loss, logits: Tensor, inputs: Inputs) -> None:
             assert torch.equal(value, expected), seed
 
 
+@pytest.fixture
+def no_counters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stream has a counter yet, and the memory that they will be in holds no 0. Tests then keep the default stream,
+    on which it is set to 0, at work for half a second or so."""
+    for name in ("kd", "cwtm"):  # compiled and loaded before
+        with_gradient(LOSSES[name], student(device, 100), Inputs(device, 100))
+    monkeypatch.setattr(launch, "_spare_counters", {})
+    monkeypatch.setattr(launch, "_stream_counters", {})
+    shape = (launch._CAPTURED_CALLS, launch._COUNTER_STRIDE)
+    blocks = [torch.full(shape, 1 << 20, dtype=torch.int32, device=device) for _ in range(8)]
+    del blocks  # kept by PyTorch for who asks for as much
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("name", ["kd", "cwtm"])
+@pytest.mark.usefixtures("no_counters")
+def test_every_stream_waits_for_its_counter(name: str, device: torch.device) -> None:
+    sides = [(Inputs(device, 100), student(device, 100, seed=seed)) for seed in range(4)]
+    expected = [plain(name, logits, inputs) for inputs, logits in sides]
+    streams = [torch.cuda.Stream() for _ in sides]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)
+    found = []
+    for stream, (inputs, logits) in zip(streams, sides, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(with_gradient(LOSSES[name], logits, inputs))
+    torch.cuda.synchronize()
+    for pair, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(pair, wanted, rtol=1e-5, atol=1e-7)
+
+
+def plain(name: str, logits: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by the reference backend, which counts nothing."""
+    loss = {
+        "kd": lambda z, x: kd_loss(z, x.teacher, x.labels, temperature=3.0, label_weight=0.5, backend="reference"),
+        "cwtm": lambda z, x: cwtm_loss(z, x.teacher, x.labels, backend="reference"),
+    }[name]
+    return with_gradient(loss, logits, inputs)
+
+
+@pytest.mark.usefixtures("no_counters")
+def test_a_graph_captured_by_hand_counts_from_zero(device: torch.device) -> None:
+    """capture_begin waits for nothing, but the graph is replayed after what warmed it up."""
+    inputs, logits = Inputs(device, 100), student(device, 100)
+    expected = plain("kd", logits, inputs)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)
+    with torch.cuda.stream(side):
+        with_gradient(LOSSES["kd"], logits, inputs)
+        graph.capture_begin()
+        captured = with_gradient(LOSSES["kd"], logits, inputs)
+        graph.capture_end()
+    later = torch.cuda.Stream()
+    later.wait_stream(side)
+    with torch.cuda.stream(later):
+        for _ in range(3):
+            graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_two_calls_in_one_graph_on_two_streams(device: torch.device) -> None:
     """Branches of a graph run side by side: each has a counter of its own."""
     inputs, logits = Inputs(device, 100), student(device, 100)

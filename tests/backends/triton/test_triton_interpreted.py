@@ -9,6 +9,7 @@ import pytest
 
 CONTRACT = Path(__file__).parent / "contract"
 LOSSES = Path(__file__).parents[2] / "losses"
+OPERATORS = Path(__file__).parents[2] / "ops" / "test_opcheck.py"
 
 
 @pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -21,6 +22,11 @@ def test_the_contract_holds_in_the_interpreter(marker: str) -> None:
 )
 def test_the_public_losses_in_the_interpreter(name: str) -> None:
     interpreted(str(LOSSES / f"test_losses_{name}.py"))
+
+
+@pytest.mark.slow
+def test_the_operators_in_the_interpreter() -> None:
+    interpreted(str(OPERATORS))
 
 
 def interpreted(*arguments: str) -> None:

@@ -66,6 +66,24 @@ def test_a_nearly_certain_label_keeps_its_digits(classes: int, device: torch.dev
     assert torch.allclose(own[0], own[1], rtol=3e-6)  # -R / (1 + R), tiny beside q of the others
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("classes", [10, 101, 1000, 33000])
+def test_classes_that_only_the_student_finds(classes: int, flipped: bool, device: torch.device) -> None:
+    """e^-24 to e^-86 of the teacher's peak, e^-0.5 to e^-4 of the student's, after the peak or before it."""
+    student, teacher = logits(4, classes, "near")
+    student[:, 1] = teacher[:, 1] = 14
+    for place, below, share in ((classes // 2, 24.0, 0.5), (-2, 86.0, 2.0), (-1, 60.0, 4.0)):
+        teacher[:, place], student[:, place] = 14 - below, 14 - share
+    if flipped:
+        student, teacher = student.flip(1), teacher.flip(1)
+    for dtype, limit in ((torch.float32, FAR_ERROR), (torch.float16, 2**-10), (torch.float64, 1e-12)):
+        tensors = (student.to(dtype), teacher.to(dtype), None, None)
+        options = KD | {"reduction": "none", "kd_weight": 64.0}
+        loss = 1e-12 if dtype == torch.float64 else FAR_ERROR
+        got, wanted = found("kd", tensors, device, **options), truth("kd", tensors, **options)
+        assert_close(got, wanted, loss=loss, gradient=limit)
+
+
 @pytest.mark.parametrize("student_type", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("teacher_type", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_every_pair_of_dtypes(student_type: torch.dtype, teacher_type: torch.dtype, device: torch.device) -> None:

@@ -89,6 +89,13 @@ def test_another_network_or_objective_drops_what_belonged_to_the_one_before(tmp_
     assert requested(config=str(file), model_option=["norm=x"]).model.options == {"dropout": 0.3, "norm": "x"}
 
 
+def test_another_schedule_drops_the_plateaus_settings() -> None:
+    for schedule, kept in (("cosine", (0.0, "best")), ("plateau", (0.5, "previous"))):
+        config = requested(recipe="ptb-cnn-lstm", schedule=schedule)
+        assert (config.optimizer.plateau_threshold, config.optimizer.plateau_against) == kept
+        config.validate()
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

@@ -109,6 +109,16 @@ def test_mistakes_are_one_line(call: Call, text: Path, tmp_path: Path, name: str
     assert tree(tmp_path) == before
 
 
+def test_a_token_too_long_for_any_window_is_one_line(call: Call, text: Path, tmp_path: Path) -> None:
+    """Nothing is written first, and the option that the line names is the remedy."""
+    (text / "train.txt").write_text((text / "train.txt").read_text() + "z" * 70 + "\n")
+    before, flags = tree(tmp_path), (*SMALL, "--model", "cnn-lstm-8", "--max-steps", "1", "--generations", "0")
+    said = call("train", "--data", "mytext", *flags, "--out", "run")
+    said.mistake("--model: ", f"'{'z' * 24}'... (70 letters) needs 72 characters", "--model-option window=72")
+    assert tree(tmp_path) == before
+    assert call("train", "--data", "mytext", *flags, "--model-option", "window=72", "--out", "run").status == 0
+
+
 @pytest.mark.parametrize(
     ("file", "content", "fragment"),
     [

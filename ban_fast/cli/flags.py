@@ -74,7 +74,7 @@ class Request:
     file: Path | None = None
     """The configuration file it began as; None: a recipe."""
     given: set[str] = field(default_factory=set)
-    """Paths of the fields that flags set."""
+    """Paths of the fields that flags set; "recipe" for --recipe, which sets others."""
 
     def name_of(self, path: str) -> str:
         """What to call a field in a message: its flag, or its path and the file it was read from."""
@@ -91,7 +91,7 @@ def requested(values: Values) -> Request:
         file = Path(values["config"])
         return overridden(Request(read(file, "--config"), file), values)
     if values["recipe"] is not None:
-        return overridden(Request(_recipe(values["recipe"])), values)
+        return overridden(Request(_recipe(values["recipe"]), given={"recipe"}), values)
     return overridden(Request(recipes.get(_base(values["data"] or "digits", values["data_dir"]))), values)
 
 

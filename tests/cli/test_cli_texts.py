@@ -90,6 +90,14 @@ MISTAKES = {
     "images": (["--model", "wrn-10-1"], ["--model: wrn-10-1 reads images, and the data are a text"]),
     "limit": (["--limit-train", "9"], ["--limit-train: is for images, and ", "mytext is a text; leave it out"]),
     "micro": (["--micro-batch-size", "2"], ["--micro-batch-size: divides batches of images"]),
+    "graph": (["--step", "graph"], ["--step: a CUDA graph needs a GPU, and this run is on the CPU; use auto or eager\n"]),
+    "recipe": (
+        ["--recipe", "cifar10"],
+        [
+            "--recipe cifar10: data.augmentation is for images, and ",
+            "mytext is a text; leave --recipe out, or name another\n",
+        ],
+    ),
     "compile": (["--compile"], ["--step: torch.compile does not take recurrent networks"]),
     "wide": (["--batch-size", "99"], ["--batch-size: 99 streams of 5 and one more token are wider than the text"]),
     "window": (["--window", "0"], ["--window must be at least 1, got 0"]),

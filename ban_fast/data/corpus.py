@@ -16,8 +16,8 @@ EOS, UNK = "<eos>", "<unk>"
 PADDING, START, END = 0, 1, 2
 """Characters that every table has: after a word's end, before its first letter, after its last."""
 WIDEST = 65
-"""Characters of a window that nobody asked for, at most: Kim et al.'s limit. All words are convolved at the width of the
-longest, so one token of 20,000 letters had two steps of cnn-lstm-16 take 2.5 minutes on two cores."""
+"""Characters of a window that nobody asked for, at most: Kim et al.'s limit. All words are convolved at the width of
+the longest, so one token of 20,000 letters had two steps of cnn-lstm-16 take 2.5 minutes on two cores."""
 _SHOWN = 24
 """Letters of a word in a message."""
 

@@ -187,13 +187,12 @@ class _EachRow(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             refuse_create_graph()
         need = Need(*ctx.needs_input_grad[:3])
-        inputs = Inputs(*ctx.saved_tensors)
-        students = inputs[:3]
-        packed = _call(inputs, grad_outputs[0], need, reduction="sum", **ctx.options)
+        saved = ctx.saved_tensors
+        packed = _call(Inputs(*saved), grad_outputs[0], need, reduction="sum", **ctx.options)
         return (
             *(
                 _scaled(grad, packed[6], student.dtype, True) if wanted else None
-                for wanted, grad, student in zip(need, packed[3:6], students, strict=True)
+                for wanted, grad, student in zip(need, packed[3:6], saved[:3], strict=True)
             ),
             *[None] * 6,
         )

@@ -83,7 +83,7 @@ class Plateau:
         self._against = figure if self._config.plateau_against == "previous" else min(self._against, figure)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint. "best" is what the next figure is compared with, best or not: the key is that of older ones."""
+        """For a checkpoint; its key "best", of older ones, is what the next figure is compared with, best or not."""
         return {"factor": self.factor, "best": self._against}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -90,7 +90,10 @@ MISTAKES = {
     "images": (["--model", "wrn-10-1"], ["--model: wrn-10-1 reads images, and the data are a text"]),
     "limit": (["--limit-train", "9"], ["--limit-train: is for images, and ", "mytext is a text; leave it out"]),
     "micro": (["--micro-batch-size", "2"], ["--micro-batch-size: divides batches of images"]),
-    "graph": (["--step", "graph"], ["--step: a CUDA graph needs a GPU, and this run is on the CPU; use auto or eager\n"]),
+    "graph": (
+        ["--step", "graph"],
+        ["--step: a CUDA graph needs a GPU, and this run is on the CPU; use auto or eager\n"],
+    ),
     "recipe": (
         ["--recipe", "cifar10"],
         [

@@ -68,7 +68,7 @@ def test_losses_of_rows_can_be_gone_through_again() -> None:
 
 @pytest.mark.parametrize("name", ["labels", "teacher_logits", "teacher_hidden", "teacher_weight", "teacher_bias"])
 def test_losses_of_rows_know_what_was_written_over(name: str) -> None:
-    """Backward reads the teacher and the labels again: buffers that the next batch was copied into are torch's error."""
+    """Backward reads the teacher and the labels again: buffers that another batch was copied to are torch's error."""
     hidden, weight, bias, teacher = tensors()
     labels = LABELS.clone()
     others = {"teacher_logits": teacher}

@@ -65,8 +65,9 @@ def test_the_papers_language_models() -> None:
             "sum",
         )
         assert (config.objective.name, config.objective.temperature, config.epochs) == ("ban+l", 1.0, 40)
+        assert config.objective.weights() == (1.0, 1.0)
         assert config.model.options == {}, "the networks' own defaults are the paper's"
     small = recipes.get("ptb-small")
     assert small.optimizer == lstm.optimizer
-    assert (small.objective.kd_weight, small.objective.label_weight) == (0.5, 0.5), "the scale of the teacher's loss"
+    assert small.objective == lstm.objective, "the paper's sum of both terms"
     assert small.epochs < lstm.epochs

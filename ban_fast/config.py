@@ -13,6 +13,7 @@ OBJECTIVES = ("label", "ban", "ban+l", "cwtm", "dkpp")
 STUDENT_FOLDERS = {name: name.replace("+", "_") for name in OBJECTIVES}
 """Where each of several students has its run, below the directory of all."""
 SCHEDULES = ("step", "cosine", "onecycle", "constant", "plateau")
+PLATEAUS = ("best", "previous")
 AMP_MODES = ("off", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 AUGMENTATIONS = ("auto", "none", "crop", "crop+flip")
@@ -143,13 +144,17 @@ class OptimizerConfig:
     """L2 penalty on every trainable parameter, batch-norm and biases included."""
     schedule: str = "step"
     """"step" (lr_decay at each milestone), "cosine", "onecycle", "constant", or "plateau": lr_decay after each epoch
-    whose figure on the validation split (error, perplexity) is not below the best before it."""
+    whose figure on the validation split (error, perplexity) is not below the one that `plateau_against` names."""
     milestones: tuple[float, ...] = (0.3, 0.6, 0.8)
     """Shares of the run at which "step" multiplies the learning rate by lr_decay."""
     lr_decay: float = 0.2
     """Factor of "step" and "plateau"."""
     plateau_threshold: float = 0.0
-    """By how much the figure must be below the best, at least, for "plateau" to leave the learning rate as it is."""
+    """By how much the figure must be below that one, at least, for "plateau" to leave the learning rate as it is."""
+    plateau_against: str = "best"
+    """What "plateau" compares an epoch's figure with: the "best" of all before it (as MXNet's word_lm does) or that of
+    the "previous" one (as Kim et al. do, and the paper's "after an epoch" reads). After an epoch that got worse, the
+    second forgives one that makes up for a part of it: 110 then 105, after 100."""
     clip_norm: float | None = None
     """Largest norm of the gradient of all parameters together; one above it is scaled down to it. None: any."""
 
@@ -252,6 +257,7 @@ class Config:
         _choice("teacher.cache_fill", self.teacher.cache_fill, CACHE_FILLS)
         _choice("teacher.fold", self.teacher.fold, FOLDS)
         _choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
+        _choice("optimizer.plateau_against", self.optimizer.plateau_against, PLATEAUS)
         _choice("device", self.device, DEVICES)
         _choice("amp", self.amp, AMP_MODES)
         _choice("step", self.step, STEPS)
@@ -304,8 +310,10 @@ class Config:
             raise OptionError("optimizer.nesterov", "needs a momentum above 0")
         if self.optimizer.schedule == "plateau" and self.evaluate_every != 1:
             raise OptionError("evaluate_every", f"must be 1 for schedule plateau, got {self.evaluate_every}")
-        if self.optimizer.schedule != "plateau" and self.optimizer.plateau_threshold:
-            raise OptionError("optimizer.plateau_threshold", "is for schedule plateau; leave it out")
+        for name in ("plateau_threshold", "plateau_against"):
+            is_given = getattr(self.optimizer, name) != getattr(OptimizerConfig, name)
+            if is_given and self.optimizer.schedule != "plateau":
+                raise OptionError(f"optimizer.{name}", "is for schedule plateau; leave it out")
         stones = self.optimizer.milestones
         if not all(isinstance(m, (int, float)) and 0 < m < 1 for m in stones) or list(stones) != sorted(stones):
             raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")

@@ -126,7 +126,7 @@ def test_weights_of_the_objectives() -> None:
 def test_defaults_are_the_papers() -> None:
     """The paper: SGD, Nesterov 0.9, weight decay 5e-4, lr 0.1 times 0.2 at 30/60/80 %, batch 128, 200 epochs."""
     c = Config()
-    assert dataclasses.astuple(c.optimizer) == (0.1, 0.9, True, 5e-4, "step", (0.3, 0.6, 0.8), 0.2, 0.0, None)
+    assert dataclasses.astuple(c.optimizer) == (0.1, 0.9, True, 5e-4, "step", (0.3, 0.6, 0.8), 0.2, 0.0, "best", None)
     assert (c.batch_size, c.epochs, c.generations) == (128, 200, 3)
 
 

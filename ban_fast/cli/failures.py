@@ -19,6 +19,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _LONGEST = 800
 """Letters of a line: timm alone has 25,000 letters of names to choose from."""
 _SECONDS_FOR_THE_CAUSE = 1.0
+_LEAVE_OUT = "leave it out"
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -45,8 +46,7 @@ def explain(error: BaseException, request: Request | None) -> tuple[str, int]:
 
 def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
     if isinstance(error, OptionError):
-        name = request.name_of(error.field) if request is not None else flag_of(error.field) or error.field
-        return f"{name}{' ' if error.problem.startswith('must be ') else ': '}{error.problem}", 2
+        return _of_option(error, request), 2
     if isinstance(error, UserError):
         return _named(error, request), 2
     if isinstance(error, UsageError):
@@ -58,15 +58,34 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
         time.sleep(_SECONDS_FOR_THE_CAUSE)  # whoever ended for a reason says that
         return str(error), 1
     if _out_of_memory(error):
-        return (
-            "out of memory; a smaller --batch-size needs less, so does --model-option memory=shared (DenseNet)",
-            2,
-        )
+        return f"out of memory; a smaller --batch-size needs less{_less_of_a_densenet(request)}", 2
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if request is not None and _is_of_a_factory(error):
         name = f"{request.name_of('model.name')}: {request.config.model.name}"
         return f"{name} fails with {detail}; mend it, BAN_FAST_DEBUG=1 shows the traceback", 2
     return f"internal error: {detail}{_place(error)}; BAN_FAST_DEBUG=1 shows the traceback", 1
+
+
+def _of_option(error: OptionError, request: Request | None) -> str:
+    """The problem of a field by its flag; what only --recipe set is left out with that."""
+    problem = error.problem
+    if request is None:
+        name = flag_of(error.field) or error.field
+    else:
+        name = request.name_of(error.field)
+        is_of_a_recipe = request.file is None and "recipe" in request.given and error.field not in request.given
+        if is_of_a_recipe and problem.endswith(_LEAVE_OUT):
+            between = " " if problem.startswith("is ") else ": "
+            cause = f"{error.field}{between}{problem.removesuffix(_LEAVE_OUT)}"
+            return f"--recipe {request.config.recipe}: {cause}leave --recipe out, or name another"
+    return f"{name}{' ' if problem.startswith('must be ') else ': '}{problem}"
+
+
+def _less_of_a_densenet(request: Request | None) -> str:
+    """The rest of the remedy, where the network is one of ours that can do with less."""
+    model = None if request is None else request.config.model
+    can_share = model is not None and model.name.startswith("densenet-") and model.options.get("memory") != "shared"
+    return ", so does --model-option memory=shared" if can_share else ""
 
 
 def _is_of_a_factory(error: BaseException) -> bool:

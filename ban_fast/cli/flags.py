@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..config import Config, ModelConfig
+from ..config import Config, ModelConfig, OptimizerConfig
 from ..errors import UserError, suggest
 
 # Every flag of `ban-fast train` that sets one field: the parameter's name -> the field's path in Config.
@@ -74,7 +74,7 @@ class Request:
     file: Path | None = None
     """The configuration file it began as; None: a recipe."""
     given: set[str] = field(default_factory=set)
-    """Paths of the fields that flags set."""
+    """Paths of the fields that flags set; "recipe" for --recipe, which sets others."""
 
     def name_of(self, path: str) -> str:
         """What to call a field in a message: its flag, or its path and the file it was read from."""
@@ -91,7 +91,7 @@ def requested(values: Values) -> Request:
         file = Path(values["config"])
         return overridden(Request(read(file, "--config"), file), values)
     if values["recipe"] is not None:
-        return overridden(Request(_recipe(values["recipe"])), values)
+        return overridden(Request(_recipe(values["recipe"]), given={"recipe"}), values)
     return overridden(Request(recipes.get(_base(values["data"] or "digits", values["data_dir"]))), values)
 
 
@@ -167,6 +167,9 @@ def overridden(request: Request, values: Values) -> Request:
             config.model = ModelConfig()  # another network has other options
         if path == "students":
             value = tuple(value.split(","))
+        if path == "optimizer.schedule" and value != "plateau":  # a recipe's plateau is no other schedule's
+            config.optimizer.plateau_threshold = OptimizerConfig.plateau_threshold
+            config.optimizer.plateau_against = OptimizerConfig.plateau_against
         if path == "objective.name" and value != config.objective.name:
             config.objective.kd_weight = config.objective.label_weight = None
         if path in ("data.name", "data.directory", "teacher.cache_directory"):

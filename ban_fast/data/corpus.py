@@ -15,6 +15,11 @@ SPLITS = ("train", "valid", "test")
 EOS, UNK = "<eos>", "<unk>"
 PADDING, START, END = 0, 1, 2
 """Characters that every table has: after a word's end, before its first letter, after its last."""
+WIDEST = 65
+"""Characters of a window that nobody asked for, at most: Kim et al.'s limit. All words are convolved at the width of
+the longest, so one token of 20,000 letters had two steps of cnn-lstm-16 take 2.5 minutes on two cores."""
+_SHOWN = 24
+"""Letters of a word in a message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,30 +44,36 @@ class Corpus:
         """The vocabulary's words as characters, for `ban_fast.models.CnnLSTM`: int64 [V, window], and the characters.
 
         A word is `START`, its letters, `END`, then `PADDING`; `<unk>` and `<eos>` have one character each. `window`
-        None is what the longest word needs: 21 for Penn Treebank, whose characters are 51 with the five above.
-        UserError for a window that a word does not fit in.
+        None is what the longest word needs, `WIDEST` at most: 21 for Penn Treebank, whose characters are 51 with the
+        five above. UserError for a word that does not fit.
         """
         if self.level != "word":
             raise UserError(f"{self.name} was read by characters already; read it by words for words' characters")
+        longest = max(self.vocabulary, key=_characters_of)
+        needed = _characters_of(longest)
+        if needed > (WIDEST if window is None else window):
+            shown = repr(longest) if len(longest) <= _SHOWN else f"{longest[:_SHOWN]!r}... ({len(longest):,} letters)"
+            limit = f"window has {window}" if window is not None else f"window has {WIDEST} unless told otherwise"
+            raise UserError(
+                f"{self.name}: {shown} needs {needed} characters, start and end included, and the {limit}; give a "
+                f"window of {needed} (--model-option window={needed}), or shorten that word in train.txt"
+            )
+        window = needed if window is None else window
         letters = sorted({letter for word in self.vocabulary if word not in (EOS, UNK) for letter in word})
         named = ("<pad>", "<start>", "<end>", UNK, EOS, *letters)
         index = {name: i for i, name in enumerate(named)}
         rows = [
             [START, *(index[c] for c in ((word,) if word in (EOS, UNK) else word)), END] for word in self.vocabulary
         ]
-        longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-        needed = len(rows[longest])
-        if window is None:
-            window = needed
-        if window < needed:
-            raise UserError(
-                f"{self.name}: {self.vocabulary[longest]!r} needs {needed} characters, start and end included, and the "
-                f"window has {window}; give a window of {needed}"
-            )
         table = torch.full((len(rows), window), PADDING)
         for place, row in zip(table, rows, strict=True):
             place[: len(row)] = torch.tensor(row)
         return table, named
+
+
+def _characters_of(word: str) -> int:
+    """How many a word has in a table, start and end included."""
+    return 2 + (1 if word in (EOS, UNK) else len(word))
 
 
 def files(directory: Path) -> dict[str, Path]:

@@ -69,8 +69,9 @@ class WordLSTM(LanguageModel):
 
     "lstm-1500" in the paper (section 4.2) is two layers, dropout 0.65 on embeddings, between layers and on the output,
     and one matrix for embedding and softmax (`tied`, Press and Wolf): 51,034,000 parameters of the paper's 52M for
-    10,000 words. Initialised as the recipe that the paper's numbers are those of: embedding U(+-0.1), the LSTM's
-    weights Xavier-uniform, biases 0; an untied softmax layer is Xavier-uniform too.
+    10,000 words. Initialised as the recipe that the paper's numbers are those of: embedding U(+-0.1), each gate's
+    weights [H, I] Xavier-uniform (MXNet's FusedRNN takes the gates apart first: U(+-sqrt(6 / (H + I))), for all four
+    together it would be sqrt(6 / (4H + I))), biases 0; an untied softmax layer is Xavier-uniform too.
 
     Args:
         hidden: width of the embedding and of every layer.
@@ -90,7 +91,8 @@ class WordLSTM(LanguageModel):
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         for name, parameter in self.lstm.named_parameters():
             if name.startswith("weight"):
-                nn.init.xavier_uniform_(parameter)
+                for gate in parameter.detach().chunk(4):
+                    nn.init.xavier_uniform_(gate)
             else:
                 nn.init.zeros_(parameter)
         if self.weight is not None:

@@ -166,37 +166,50 @@ class _Traced(torch.autograd.Function):
 
 
 class _EachRow(torch.autograd.Function):
-    """Reduction "none": gradients of rows as backward weighs them."""
+    """Reduction "none": gradients of rows as backward weighs them, from inputs that autograd knows to be unchanged."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Tensor, others: tuple[Any, ...]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: Tensor,
+        options: dict[str, Any],
+        *others: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.others = others
+        ctx.save_for_backward(hidden, weight, bias, *others)
+        ctx.options = options
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
             refuse_create_graph()
-        inputs, options = ctx.others
         need = Need(*ctx.needs_input_grad[:3])
-        students = ctx.saved_tensors
-        packed = _call(Inputs(*students, *inputs), grad_outputs[0], need, reduction="sum", **options)
+        saved = ctx.saved_tensors
+        packed = _call(Inputs(*saved), grad_outputs[0], need, reduction="sum", **ctx.options)
         return (
             *(
                 _scaled(grad, packed[6], student.dtype, True) if wanted else None
-                for wanted, grad, student in zip(need, packed[3:6], students, strict=True)
+                for wanted, grad, student in zip(need, packed[3:6], saved[:3], strict=True)
             ),
-            None,
-            None,
+            *[None] * 6,
         )
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
     """grad * factor, in its owner's dtype."""
     return (grad.mul_(factor) if in_place else grad * factor).to(dtype)
+
+
+def _checkable(tensor: Tensor | None) -> Tensor | None:
+    """A tensor that nobody differentiates, for autograd to keep; of one from inference mode, which has no version by
+    which a change would be seen, a copy."""
+    if tensor is None:
+        return None
+    is_unversioned = not torch.compiler.is_compiling() and tensor.is_inference()
+    return tensor.clone() if is_unversioned else tensor.detach()  # of one version with the tensor
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -226,7 +239,7 @@ def _evaluate(inputs: Inputs, reduction: Reduction, **options: Any) -> tuple[Ten
         packed = _call(inputs, None, Need(False, False, False), reduction=reduction, **options)
         loss = packed[0]
         if any(need):
-            loss = _EachRow.apply(*students, loss, (others, options))
+            loss = _EachRow.apply(*students, loss, options, *map(_checkable, others))
         return loss, packed[1], packed[2]
     packed = _call(inputs, None, need, reduction=reduction, **options)
     loss = packed[0]

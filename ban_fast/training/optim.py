@@ -63,32 +63,32 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
 class Plateau:
     """What schedule "plateau" has made of the learning rate: `lr_decay` for each epoch that brought too little.
 
-    Too little: the validation figure did not fall below the best so far by `plateau_threshold` at least (a threshold
-    of 0: did not fall). Other schedules leave the factor at 1.
+    Too little: the validation figure did not fall below the best so far, or the one before (`plateau_against`), by
+    `plateau_threshold` at least (a threshold of 0: did not fall). Other schedules leave the factor at 1.
     """
 
     def __init__(self, config: OptimizerConfig) -> None:
         self._config = config
         self.factor = 1.0
-        self._best = math.inf
+        self._against = math.inf
 
     def observe(self, figure: float) -> None:
         """The validation figure of an epoch, the lower the better."""
         if self._config.schedule != "plateau":
             return
         threshold = self._config.plateau_threshold
-        has_fallen = figure <= self._best - threshold if threshold else figure < self._best
+        has_fallen = figure <= self._against - threshold if threshold else figure < self._against
         if not has_fallen:
             self.factor *= self._config.lr_decay
-        self._best = min(self._best, figure)
+        self._against = figure if self._config.plateau_against == "previous" else min(self._against, figure)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"factor": self.factor, "best": self._best}
+        """For a checkpoint; its key "best", of older ones, is what the next figure is compared with, best or not."""
+        return {"factor": self.factor, "best": self._against}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a `state`."""
-        self.factor, self._best = state["factor"], state["best"]
+        self.factor, self._against = state["factor"], state["best"]
 
 
 def clip(config: OptimizerConfig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

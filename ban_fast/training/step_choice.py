@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import Config
-from ..data import Loader, MemoryLoader, TensorLoader
+from ..data import Loader, MemoryLoader, TensorLoader, TextLoader
 from ..errors import OptionError
 from .teacher import Teacher
 
@@ -45,7 +45,8 @@ def replays_sentence(seconds: dict[int, float]) -> str:
 def check_step(config: Config, device: torch.device, loader: Loader) -> None:
     """OptionError, before anything is trained or written, where the steps that `config` asks for can't be."""
     if config.steps == GRAPH and (problem := _problem(config, device, loader, bool(config.students))):
-        raise OptionError("step", f"{problem}; use auto, eager or compile")
+        others = "auto or eager" if isinstance(loader, TextLoader) else "auto, eager or compile"
+        raise OptionError("step", f"{problem}; use {others}")
 
 
 def choose_step(
@@ -66,6 +67,8 @@ def _problem(config: Config, device: torch.device, loader: Loader, together: boo
     """Why a step can't be recorded, if so."""
     if device.type != "cuda":
         return "a CUDA graph needs a GPU, and this run is on the CPU"
+    if isinstance(loader, TextLoader):
+        return "the state that a text carries from step to step is not recorded"
     if together:
         return "students side by side draw from generators of their own, and a CUDA graph has one"
     if not isinstance(loader, (MemoryLoader, TensorLoader)):

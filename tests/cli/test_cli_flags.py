@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ban_fast import recipes
-from ban_fast.cli import flags
-from ban_fast.config import Config
+from ban_fast.cli import failures, flags
+from ban_fast.config import Config, ModelConfig
 from ban_fast.errors import UserError
 
 NOT_GIVEN: dict[str, Any] = dict.fromkeys(["recipe", "config", "out", *flags.FIELDS]) | {"model_option": []}
@@ -89,6 +89,13 @@ def test_another_network_or_objective_drops_what_belonged_to_the_one_before(tmp_
     assert requested(config=str(file), model_option=["norm=x"]).model.options == {"dropout": 0.3, "norm": "x"}
 
 
+def test_another_schedule_drops_the_plateaus_settings() -> None:
+    for schedule, kept in (("cosine", (0.0, "best")), ("plateau", (0.5, "previous"))):
+        config = requested(recipe="ptb-cnn-lstm", schedule=schedule)
+        assert (config.optimizer.plateau_threshold, config.optimizer.plateau_against) == kept
+        config.validate()
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -124,6 +131,23 @@ def test_fields_are_called_by_their_flags_or_by_their_file() -> None:
     assert request.name_of("batch_size") == "--batch-size"
     assert request.name_of("epochs") == "epochs in run/config.json"
     assert flags.Request(Config()).name_of("epochs") == "--epochs"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "more"),
+    [
+        ("densenet-90-60", {}, ", so does --model-option memory=shared"),
+        ("densenet-90-60", {"memory": "checkpoint"}, ", so does --model-option memory=shared"),
+        ("densenet-90-60", {"memory": "shared"}, ""),
+        ("timm:densenet121", {}, ""),
+        ("cnn-lstm-16", {}, ""),
+    ],
+)
+def test_too_little_memory_names_what_this_network_can_do(model: str, options: dict[str, Any], more: str) -> None:
+    config = Config(model=ModelConfig(name=model, options=options))
+    said = f"out of memory; a smaller --batch-size needs less{more}", 2
+    assert failures.explain(MemoryError(), flags.Request(config)) == said
+    assert failures.explain(MemoryError(), None) == ("out of memory; a smaller --batch-size needs less", 2)
 
 
 class TestResume:

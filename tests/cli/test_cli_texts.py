@@ -90,6 +90,17 @@ MISTAKES = {
     "images": (["--model", "wrn-10-1"], ["--model: wrn-10-1 reads images, and the data are a text"]),
     "limit": (["--limit-train", "9"], ["--limit-train: is for images, and ", "mytext is a text; leave it out"]),
     "micro": (["--micro-batch-size", "2"], ["--micro-batch-size: divides batches of images"]),
+    "graph": (
+        ["--step", "graph"],
+        ["--step: a CUDA graph needs a GPU, and this run is on the CPU; use auto or eager\n"],
+    ),
+    "recipe": (
+        ["--recipe", "cifar10"],
+        [
+            "--recipe cifar10: data.augmentation is for images, and ",
+            "mytext is a text; leave --recipe out, or name another\n",
+        ],
+    ),
     "compile": (["--compile"], ["--step: torch.compile does not take recurrent networks"]),
     "wide": (["--batch-size", "99"], ["--batch-size: 99 streams of 5 and one more token are wider than the text"]),
     "window": (["--window", "0"], ["--window must be at least 1, got 0"]),
@@ -107,6 +118,16 @@ def test_mistakes_are_one_line(call: Call, text: Path, tmp_path: Path, name: str
     before = tree(tmp_path)
     call("train", "--data", "mytext", *SMALL, *arguments, "--out", "run").mistake(*fragments)
     assert tree(tmp_path) == before
+
+
+def test_a_token_too_long_for_any_window_is_one_line(call: Call, text: Path, tmp_path: Path) -> None:
+    """Nothing is written first, and the option that the line names is the remedy."""
+    (text / "train.txt").write_text((text / "train.txt").read_text() + "z" * 70 + "\n")
+    before, flags = tree(tmp_path), (*SMALL, "--model", "cnn-lstm-8", "--max-steps", "1", "--generations", "0")
+    said = call("train", "--data", "mytext", *flags, "--out", "run")
+    said.mistake("--model: ", f"'{'z' * 24}'... (70 letters) needs 72 characters", "--model-option window=72")
+    assert tree(tmp_path) == before
+    assert call("train", "--data", "mytext", *flags, "--model-option", "window=72", "--out", "run").status == 0
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,18 @@ def test_a_word_longer_than_the_window_is_named(folder: Path) -> None:
         load_corpus(folder).characters(4)
 
 
+def test_a_window_that_nobody_asked_for_has_a_limit(folder: Path) -> None:
+    """Kim et al.'s 65, start and end included; a wider one on request. The message shows a part of such a word."""
+    (folder / "train.txt").write_text("a " + "b" * 63 + "\n")
+    assert load_corpus(folder).characters()[0].shape[1] == 65
+    (folder / "train.txt").write_text("a " + "b" * 64 + "\n")
+    with pytest.raises(UserError, match="needs 66 characters, start and end included, and the window has 65 unless"):
+        load_corpus(folder).characters()
+    assert load_corpus(folder).characters(66)[0].shape[1] == 66
+    with pytest.raises(UserError, match=rf"'{'b' * 24}'\.\.\. \(64 letters\) needs 66 .*; give a window of 66 \("):
+        load_corpus(folder).characters(10)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -66,6 +66,33 @@ def test_losses_of_rows_can_be_gone_through_again() -> None:
         loss.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["labels", "teacher_logits", "teacher_hidden", "teacher_weight", "teacher_bias"])
+def test_losses_of_rows_know_what_was_written_over(name: str) -> None:
+    """Backward reads the teacher and the labels again: buffers that another batch was copied to are torch's error."""
+    hidden, weight, bias, teacher = tensors()
+    labels = LABELS.clone()
+    others = {"teacher_logits": teacher}
+    if name not in ("labels", "teacher_logits"):
+        layer = [tensor.detach().clone() for tensor in (hidden, weight, bias)]
+        others = dict(zip(("teacher_hidden", "teacher_weight", "teacher_bias"), layer, strict=True))
+    loss = fused_linear_kd(hidden, weight, labels, student_bias=bias, reduction="none", **others, **OPTIONS)
+    (labels if name == "labels" else others[name]).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+def test_losses_of_rows_keep_a_teacher_from_inference_mode() -> None:
+    """Such tensors have no version to check by; a buffer of them may be written over in inference mode alone."""
+    hidden, weight, bias, teacher = tensors()
+    expected = gradients(loss_of(hidden, weight, bias, teacher, "none"), hidden, weight, bias)
+    with torch.inference_mode():
+        frozen = teacher + 0
+    loss = loss_of(hidden, weight, bias, frozen, "none")
+    with torch.inference_mode():
+        frozen.zero_()
+    assert all(torch.equal(*pair) for pair in zip(gradients(loss, hidden, weight, bias), expected, strict=True))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_create_graph_is_refused(reduction: str) -> None:
     hidden, *others = tensors()

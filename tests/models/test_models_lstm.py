@@ -145,11 +145,13 @@ def test_every_parameter_learns_and_starts_from_the_generator(name: str) -> None
 
 
 def test_what_they_start_from() -> None:
+    """Xavier over each gate's [H, I], as MXNet's FusedRNN has it: over all four at once the bound is 0.63 of that."""
     word = create("lstm-8", tied=False)
     assert 0.09 < word.embedding.weight.abs().max() <= 0.1
-    bound = math.sqrt(6 / (4 * 8 + 8))
+    bound = math.sqrt(6 / (8 + 8))
     for key in ("weight_ih_l0", "weight_hh_l1"):
-        assert 0.9 * bound < getattr(word.lstm, key).abs().max() <= bound
+        for gate in getattr(word.lstm, key).view(4, 8, 8):
+            assert 0.9 * bound < gate.abs().max() <= bound
     assert not word.lstm.bias_ih_l0.any()
     assert not word.bias.any()
     cnn = create("cnn-lstm-8")

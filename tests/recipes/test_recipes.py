@@ -49,8 +49,12 @@ def test_the_papers_language_models() -> None:
     """Sections 4.2 and 5.3; rates and norms on the scale of losses summed over time, averaged over streams."""
     lstm, cnn = recipes.get("ptb-lstm"), recipes.get("ptb-cnn-lstm")
     assert (lstm.model.name, lstm.batch_size, cnn.model.name, cnn.batch_size) == ("lstm-1500", 32, "cnn-lstm", 20)
-    for config, (lr, decay, threshold, norm) in ((lstm, (1.0, 0.25, 0.0, 0.2 * 35)), (cnn, (2.0, 0.5, 0.5, 5.0))):
+    for config, against, (lr, decay, threshold, norm) in (
+        (lstm, "best", (1.0, 0.25, 0.0, 0.2 * 35)),
+        (cnn, "previous", (2.0, 0.5, 0.5, 5.0)),
+    ):
         optimizer = config.optimizer
+        assert optimizer.plateau_against == against, "MXNet's rule, and Kim et al.'s"
         assert (optimizer.lr, optimizer.lr_decay, optimizer.plateau_threshold) == (lr, decay, threshold)
         assert optimizer.clip_norm == pytest.approx(norm)
         assert (optimizer.schedule, optimizer.momentum, optimizer.weight_decay) == ("plateau", 0.0, 0.0)
@@ -61,8 +65,9 @@ def test_the_papers_language_models() -> None:
             "sum",
         )
         assert (config.objective.name, config.objective.temperature, config.epochs) == ("ban+l", 1.0, 40)
+        assert config.objective.weights() == (1.0, 1.0)
         assert config.model.options == {}, "the networks' own defaults are the paper's"
     small = recipes.get("ptb-small")
     assert small.optimizer == lstm.optimizer
-    assert (small.objective.kd_weight, small.objective.label_weight) == (0.5, 0.5), "the scale of the teacher's loss"
+    assert small.objective == lstm.objective, "the paper's sum of both terms"
     assert small.epochs < lstm.epochs

@@ -44,6 +44,7 @@ def changed(section: str, field: str, value: Any) -> Callable[[Config], None]:
         (changed("model", "name", "wrn-10-1"), "model.name", "reads images, and the data are a text"),
         (changed("model", "options", {"num_classes": 3}), "model.options", "num_classes is not an option"),
         (changed("optimizer", "clip_norm", 0.0), "optimizer.clip_norm", "must be a finite number above 0, got 0"),
+        (changed("optimizer", "plateau_against", "last"), "optimizer.plateau_against", "unknown value 'last'"),
         (changed("", "evaluate_every", 2), "evaluate_every", "must be 1 for schedule plateau, got 2"),
     ],
 )
@@ -145,8 +146,9 @@ def test_options_of_texts_are_not_for_images() -> None:
             run(config(text=text), **own())
     with pytest.raises(OptionError, match="plateau looks at a validation split: set --val-fraction"):
         run(config(optimizer=OptimizerConfig(schedule="plateau")), **own())
-    with pytest.raises(OptionError, match="is for schedule plateau"):
-        run(config(optimizer=OptimizerConfig(plateau_threshold=0.5)), **own())
+    for optimizer in (OptimizerConfig(plateau_threshold=0.5), OptimizerConfig(plateau_against="previous")):
+        with pytest.raises(OptionError, match="is for schedule plateau"):
+            run(config(optimizer=optimizer), **own())
     digits = Config(data=DataConfig(name="digits"), model=ModelConfig(name="lstm-8"), device="cpu")
     with pytest.raises(UserError, match="lstm-8 is a language model: it reads words, and images of 1 channels"):
         run(digits)

@@ -143,6 +143,7 @@ def test_a_plateau_is_an_epoch_without_a_better_figure() -> None:
     """Better than the best, not than the one before; with a threshold, better by as much, and every little counts."""
     assert factors([9, 8, 8, 7, 7.5, 7.2, 6.9]) == [1, 1, 0.5, 0.5, 0.25, 0.125, 0.125]
     assert factors([9, 8.5, 8.1, 7.6, 7.0], plateau_threshold=0.5) == [1, 1, 0.5, 0.5, 0.5]
+    assert factors([100, 110, 101, 100.6, 100], plateau_threshold=0.5) == [1, 0.5, 0.25, 0.125, 0.0625]
     assert Plateau(OptimizerConfig(schedule="cosine")).factor == 1
     cosine = Plateau(OptimizerConfig(schedule="cosine"))
     cosine.observe(1.0)
@@ -167,3 +168,10 @@ def test_gradients_are_clipped_all_together(scale: float) -> None:
         scaler.step(optimizer)
         scaler.update()
     clip(OptimizerConfig(), optimizer, scaler)
+
+
+def test_a_plateau_against_the_epoch_before() -> None:
+    """Kim et al.'s rule: an epoch that got worse costs once, and what makes up for it costs nothing."""
+    previous = {"plateau_against": "previous"}
+    assert factors([100, 110, 101, 100.6, 100], plateau_threshold=0.5, **previous) == [1, 0.5, 0.5, 0.25, 0.25]
+    assert factors([9, 8, 8, 7, 7.5, 7.2, 6.9], **previous) == [1, 1, 0.5, 0.5, 0.25, 0.25, 0.25]

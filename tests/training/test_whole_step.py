@@ -13,7 +13,7 @@ from small_runs import STEPS, Recorder, StopAt, config, digits, footprint, netwo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ban_fast.config import Config, TeacherConfig
-from ban_fast.data import KeyedLoader, MemoryLoader, TensorLoader
+from ban_fast.data import KeyedLoader, MemoryLoader, TensorLoader, TextLoader
 from ban_fast.errors import OptionError
 from ban_fast.training import Interrupted, learner, run, step_choice, whole_step
 from ban_fast.training.learner import Learner
@@ -202,6 +202,10 @@ class Elsewhere:
     """A loader whose images are not in memory."""
 
 
+def text_loader() -> Any:
+    return TextLoader.__new__(TextLoader)
+
+
 def memory_loader() -> Any:
     loader = MemoryLoader.__new__(MemoryLoader)
     loader.shard = KeyedLoader.__init__.__kwdefaults__["shard"]
@@ -214,6 +218,8 @@ def memory_loader() -> Any:
         ({}, CPU, memory_loader(), "needs a GPU"),
         ({"students": ("ban", "cwtm")}, GPU, memory_loader(), "students side by side"),
         ({}, GPU, Elsewhere(), "gathers images from the device's memory"),
+        ({}, CPU, text_loader(), "needs a GPU"),
+        ({"students": ("ban", "cwtm")}, GPU, text_loader(), "the state that a text carries from step to step"),
     ],
 )
 def test_auto_says_why_not_and_graph_refuses(changes: Any, device: torch.device, loader: Any, reason: str) -> None:
@@ -223,7 +229,8 @@ def test_auto_says_why_not_and_graph_refuses(changes: Any, device: torch.device,
     assert reason in choice.reason
     check_step(settings, device, loader)
     settings.step = "graph"
-    with pytest.raises(OptionError, match=f"step: .*{reason}.*; use auto, eager or compile"):
+    others = "auto or eager" if isinstance(loader, TextLoader) else "auto, eager or compile"  # a text's is no compile
+    with pytest.raises(OptionError, match=f"step: .*{reason}.*; use {others}$"):
         check_step(settings, device, loader)
 
 

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..evaluation.run_directory import CONFIG, RunDirectory
 from ..training import Interrupted
 from ..training.checkpoint import make_directories
+from ..training.distributed import was_launched
 from ..training.locks import DirectoryLock
 from ..training.run_store import config_differences
 from .engines import ENGINES, Engine, LocalPool
@@ -61,12 +62,18 @@ def run_study(
     on with the study in `out`, which `study`, unless it is None, must be. Where `should_stop` is true, all save
     themselves and Interrupted is raised. Results are those of separate runs: on as many CPU threads, to the bit.
 
-    UserError: nothing to resume, a directory in use, resources that are not there, Ray asked for and not installed.
+    UserError: nothing to resume, a directory in use, resources that are not there, Ray asked for and not installed; in
+    one of torchrun's processes.
     """
     if engine not in ENGINES:
         raise UserError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     if retries < 0:
         raise UserError(f"--retries must be at least 0, got {retries}")
+    if was_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError(
+            "a sweep is not for torchrun, each of whose processes would start it: run it without (--workers says how "
+            "many runs go on at once), or train one run in several processes"
+        )
     directory = Path(out).absolute()
     asked = Resources(workers=workers, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run)
     if not resume and study is None:

@@ -117,6 +117,33 @@ def test_what_can_not_be_recorded_says_why_in_a_line(monkeypatch: pytest.MonkeyP
     assert device.lines == ["step"] * recorded.WARM_UPS + ["record 1"]
 
 
+def test_the_first_cause_is_quoted() -> None:
+    """Of a chain that ends in what the end of a broken recording raises; one that goes in circles ends too."""
+    cause = ValueError("no copies to the host")
+    error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = RuntimeError("another, on its way")
+    error.__context__.__context__ = cause
+    assert recorded._first_cause(error) is cause
+    assert recorded._first_cause(cause) is cause
+    cause.__context__ = error
+    assert recorded._first_cause(error) is cause
+
+
+def test_an_interrupt_while_it_records_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Emulated()
+    device.install(monkeypatch)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    step = recorder(device)
+    for _ in range(recorded.WARM_UPS):
+        step(1)
+    monkeypatch.setattr(device, "make", lambda _: interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        step(1)
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.random, lambda: torch.rand(1)])
 def test_draws_on_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Any]) -> None:
     """A replay would repeat one of them: stochastic depth by `random.random() < p`, for example."""

@@ -282,9 +282,7 @@ class FileRows:
             return None
         checksum, rows_checksum, count, forwards, owner = _HEAD.unpack_from(index, start)
         end = start + _HEAD.size + count * _KEY_BYTES
-        if end > len(index):
-            return None
-        is_whole = zlib.crc32(index[start + 4 : end], self._seed) == checksum
+        is_whole = end <= len(index) and zlib.crc32(index[start + 4 : end], self._seed) == checksum
         if is_whole:
             data, wanted = _read_at(self._rows, self.count, count, self._row_bytes), count * self._row_bytes
             if self._beside is not None:

@@ -349,7 +349,9 @@ class Learner:
         if self.number:
             unit, teacher = self.task.unit, self.teacher
             no_teacher = {"mode": "none", "dtype": None, f"forward_{unit}": 0}  # labels alone
-            record["teacher"] = no_teacher if teacher is None else teacher.record(self.images, unit)
+            record["teacher"] = (
+                no_teacher if teacher is None else teacher.record(self.images, unit, self.objective_name)
+            )
         return record
 
 

@@ -183,6 +183,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Emulated]:
     """Every generation is trained by replays, of 1, 2 or 4 steps of the epochs' 4; the one named is the quickest."""
     # Tables that move while a run goes on, and a teacher that sees two batches at a time: of batches served too.
     monkeypatch.setattr("ban_fast.training.cache_store._FIRST_CAPACITY", 16)
+    monkeypatch.setattr("ban_fast.training.cache_worth.Fill.most", 0)
     monkeypatch.setattr("ban_fast.training.teacher_cache._MOST_AHEAD", 2)
 
     def install(best: int) -> Emulated:

@@ -1,5 +1,6 @@
 """A teacher's outputs put down once for the students of several runs, who read them at the same time."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ def rows(place: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "teacher",
-    [TeacherConfig(), TeacherConfig(mode="cache"), TeacherConfig(mode="cache", cache_dtype="fp16", cache_fill="ahead")],
+    [
+        TeacherConfig(),
+        pytest.param(TeacherConfig(mode="cache"), marks=pytest.mark.slow),
+        pytest.param(TeacherConfig(mode="cache", cache_dtype="fp16", cache_fill="ahead"), marks=pytest.mark.slow),
+    ],
 )
 def test_students_ask_nothing_and_are_those_of_separate_runs(teacher: TeacherConfig, tmp_path: Path) -> None:
     settings = [digits(objective, teacher=teacher) for objective in OBJECTIVES]
@@ -108,7 +113,7 @@ def test_kernels_that_are_not_batch_invariant(tmp_path: Path) -> None:
 def test_what_auto_leaves_to_each(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     """Too little is saved: of rounded rows by one student, whose bits they would change; or loading costs too much."""
     settings = [digits(name, **changes) for name in ("ban", "dkpp")]
-    run(teacher_settings(settings[0]), out=tmp_path / "teacher")
+    taught(tmp_path / "teacher", replace(settings[0], data=replace(settings[0].data, loader="memory")))
     record = share_outputs(tmp_path / "teacher", settings, tmp_path / "kept", never)
     assert (record["mode"], record["said"][: len(said)]) == ("live", said)
     assert not (tmp_path / "kept").exists()

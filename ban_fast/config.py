@@ -17,6 +17,8 @@ PLATEAUS = ("best", "previous")
 AMP_MODES = ("off", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 AUGMENTATIONS = ("auto", "none", "crop", "crop+flip")
+UNBOUNDED = ("mixup", "cutmix", "cutout", "randaugment", "autoaugment", "trivialaugment")
+"""Augmentations that are known by name, and change an image in endless ways."""
 PADDINGS = ("reflect", "zero")
 LOADERS = ("memory", "torch", "ffcv")
 TEACHERS = ("live", "cache", "auto")
@@ -246,7 +248,7 @@ class Config:
             for f in dataclasses.fields(section):
                 if not dataclasses.is_dataclass(getattr(section, f.name)):
                     _check_type(prefix + f.name, getattr(section, f.name), _hints(type(section))[f.name])
-        _choice("data.augmentation", self.data.augmentation, AUGMENTATIONS)
+        _check_augmentation(self.data.augmentation)
         _choice("data.padding", self.data.padding, PADDINGS)
         _choice("data.loader", self.data.loader, LOADERS)
         _choice("text.level", self.text.level, LEVELS)
@@ -358,6 +360,18 @@ class Config:
         if name in ("ban+l", "dkpp"):
             objective.label_weight = given.label_weight
         return dataclasses.replace(self, objective=objective, students=())
+
+
+def _check_augmentation(name: str) -> None:
+    plain = "".join(letter for letter in name.lower() if letter.isalpha())
+    if plain.startswith(UNBOUNDED):
+        raise OptionError(
+            "data.augmentation",
+            f"{name} changes an image in endless ways; ban_fast's own is the finite crop x flip (crop+flip), so that a "
+            "teacher's kept outputs are exact. Bring yours as a DataLoader from Python, run(config, train=loader), "
+            "with --teacher live",
+        )
+    _choice("data.augmentation", name, AUGMENTATIONS)
 
 
 def _check_objective(objective: ObjectiveConfig) -> None:

@@ -50,6 +50,7 @@ def test_every_field_has_a_docstring() -> None:
         ({"batch_size": 0}, "batch_size", "at least 1, got 0"),
         ({"generations": -1}, "generations", "at least 0, got -1"),
         ({"max_steps": 1.5}, "max_steps", "a whole number or null"),
+        ({"data": {"augmentation": "crop-flip"}}, "data.augmentation", "did you mean 'crop+flip'"),
         ({"amp": "bf15"}, "amp", "did you mean 'bf16'"),
         ({"objective": {"name": "bam"}}, "objective.name", "did you mean 'ban'"),
         ({"objective": {"name": "cwtm", "kd_weight": 1}}, "objective.kd_weight", "no KD term"),
@@ -93,6 +94,17 @@ def test_a_wrong_value_names_its_field(change: dict, field: str, said: str) -> N
         Config.from_dict(change)
     assert caught.value.field == field
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mixup", "CutMix", "cutout", "rand-augment", "AutoAugment", "trivialaugment-wide"])
+def test_what_changes_images_in_endless_ways_is_refused(name: str) -> None:
+    """With the reason, and the way to bring it along."""
+    with pytest.raises(
+        OptionError, match=rf"{name} changes an image in endless ways; .* the finite crop x flip"
+    ) as caught:
+        Config.from_dict({"data": {"augmentation": name}})
+    assert caught.value.field == "data.augmentation"
+    assert str(caught.value).endswith("a DataLoader from Python, run(config, train=loader), with --teacher live")
     assert "\n" not in str(caught.value)
 
 

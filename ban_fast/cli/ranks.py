@@ -1,4 +1,7 @@
-"""Being one of torchrun's processes: which one, and who of them has the word. Imports no torch until it must."""
+"""Being one of several processes of torchrun's, or of a scheduler's: which one, and who of them has the word.
+
+Imports no torch until it must.
+"""
 
 import atexit
 import contextlib
@@ -17,7 +20,7 @@ _SECONDS_TO_CONNECT = 10
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun started other processes beside this one."""
+    """Whether torchrun, or a scheduler, started other processes beside this one."""
     return all(name in os.environ for name in _NEEDED) and _number("WORLD_SIZE", 1) > 1
 
 
@@ -51,6 +54,8 @@ def takes_the_word() -> bool:
         return True
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # a scheduler's: nobody gathers what they say, and rank 0 may be none
+        return True
     store = _agents_store()
     if store is None:  # nothing that outlives rank 0 to ask
         return is_first()

@@ -66,7 +66,8 @@ def sweep(
 ) -> int:
     """Train many runs: seeds, objectives, networks, or whatever is varied; all other flags are those of train.
 
-    Runs that would train the same teacher share one. A table of means and standard deviations over seeds ends it.
+    Runs that would train the same teacher share one, and what it says. A table of means and standard deviations over
+    seeds ends it.
     """
     from .sweep import sweep as execute
 

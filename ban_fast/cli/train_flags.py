@@ -167,7 +167,7 @@ def train(
         flag(
             "--cache-dir",
             "DIR",
-            "Keep outputs there, for other runs too. Default: in the run, until its student is trained.",
+            "Keep outputs there, for other runs too. Default: in the run or sweep, until its students are trained.",
             _NETWORKS,
         ),
     ] = None,

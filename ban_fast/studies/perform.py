@@ -1,4 +1,7 @@
-"""A run of a study: the very same `training.run`, begun or gone on with, its teacher that of the run it waited for."""
+"""A run of a study: the very same `training.run`, begun or gone on with, its teacher that of the run it waited for.
+
+One that others wait for then puts down what its teacher says to them.
+"""
 
 import threading
 import time
@@ -9,6 +12,7 @@ from ..config import Config
 from ..evaluation.run_directory import CONFIG
 from ..training import Interrupted, Observer, Plan, run
 from ..training.locks import InUse
+from . import sharing
 from .study import Study
 
 _PATIENCE = 60.0
@@ -19,7 +23,8 @@ _LONGEST_PAUSE = 5.0
 
 def perform(directory: Path, name: str, stop: threading.Event, notes: list[str]) -> None:
     """Bring the run to its end. What `training.run` raises, Interrupted once `stop` is set among it."""
-    planned = Study.load(directory)[name]
+    study = Study.load(directory)
+    planned = study[name]
     path, observer = directory / name, _Teller(notes)
     until, pause = time.monotonic() + _PATIENCE, 0.2
     while True:
@@ -29,9 +34,12 @@ def perform(directory: Path, name: str, stop: threading.Event, notes: list[str])
                 out=path,
                 resume=(path / CONFIG).exists(),
                 teacher_from=None if planned.teacher is None else directory / planned.teacher,
+                outputs_from=sharing.place_for(directory, planned),
                 observer=observer,
                 should_stop=stop.is_set,
             )
+            observer.has_begun = True
+            sharing.share(directory, study, name, observer, stop.is_set)
             return
         except InUse as busy:
             observer.waits(str(busy))

@@ -11,8 +11,10 @@ from ..errors import UserError
 from ..evaluation.run_directory import CONFIG, RunDirectory
 from ..training import Interrupted
 from ..training.checkpoint import make_directories
+from ..training.distributed import was_launched
 from ..training.locks import DirectoryLock
 from ..training.run_store import config_differences
+from . import sharing
 from .engines import ENGINES, Engine, LocalPool
 from .on_ray import RayEngine, is_asked_for
 from .resources import Resources, cores_here, gpus_here, local_slots, threads_asked
@@ -61,12 +63,18 @@ def run_study(
     on with the study in `out`, which `study`, unless it is None, must be. Where `should_stop` is true, all save
     themselves and Interrupted is raised. Results are those of separate runs: on as many CPU threads, to the bit.
 
-    UserError: nothing to resume, a directory in use, resources that are not there, Ray asked for and not installed.
+    UserError: nothing to resume, a directory in use, resources that are not there, Ray asked for and not installed; in
+    one of torchrun's processes.
     """
     if engine not in ENGINES:
         raise UserError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     if retries < 0:
         raise UserError(f"--retries must be at least 0, got {retries}")
+    if was_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError(
+            "a sweep is not for torchrun, each of whose processes would start it: run it without (--workers says how "
+            "many runs go on at once), or train one run in several processes"
+        )
     directory = Path(out).absolute()
     asked = Resources(workers=workers, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run)
     if not resume and study is None:
@@ -146,7 +154,14 @@ class _Execution:
     def __init__(self, study: Study, directory: Path, engine: Engine, retries: int, observer: StudyObserver) -> None:
         self.failed: dict[str, str] = {}
         self._study, self._engine, self._retries, self._observer = study, engine, retries, observer
+        self._directory = directory
         self._done = {run.name for run in study.runs if finished(directory, run)}
+        for run in study.runs:  # of a teacher's run, what it is to put down for others is a part
+            if run.name in self._done and self._pupils(run.name) - self._done:
+                if sharing.is_due(directory, study, run.name):
+                    self._done.remove(run.name)
+            else:
+                sharing.clear(directory, run.name)
         self._waiting = [run for run in study.runs if run.name not in self._done]
         self._attempts: Counter[str] = Counter()
 
@@ -187,6 +202,7 @@ class _Execution:
         if outcome.kind == "done":
             self._done.add(run.name)
             self._observer.run_ended(run, outcome, False)
+            self._clear(run)
         elif outcome.kind != "mistake" and (stopping or self._attempts[run.name] <= self._retries):
             self._waiting.insert(0, run)  # before those that were never begun
             self._observer.run_ended(run, outcome, True)
@@ -196,3 +212,12 @@ class _Execution:
     def _fail(self, run: StudyRun, outcome: Outcome) -> None:
         self.failed[run.name] = outcome.text or "stopped by a signal"
         self._observer.run_ended(run, outcome, False)
+        self._clear(run)
+
+    def _pupils(self, teacher: str) -> set[str]:
+        return {run.name for run in self._study.runs if run.teacher == teacher}
+
+    def _clear(self, ended: StudyRun) -> None:
+        """What a teacher says is kept until the last of those that it is for."""
+        if ended.teacher is not None and self._pupils(ended.teacher) <= self._done | set(self.failed):
+            sharing.clear(self._directory, ended.teacher)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..evaluation import RunDirectory
 from ..report import describe, paper
+from . import sharing
 from .grammar import written
 from .schedule import finished
 from .study import Study, StudyRun
@@ -75,6 +76,8 @@ def table(path: str | os.PathLike[str]) -> Group:
     if any(rows for _, rows in groups):
         parts.append(_rows(groups))
         parts.append(Text("mean \N{PLUS-MINUS SIGN} standard deviation over n seeds", style="dim"))
+    if (said := sharing.note(directory, study)) is not None:
+        parts.append(Text(said, style="dim"))
     return Group(*parts)
 
 

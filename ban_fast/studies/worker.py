@@ -18,6 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What says that a process is one of several that train one run, which no study's is; and what else torchrun sets."""
+_OF_TORCHRUN = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 LOGS = "logs"
 """Folder of a study: what each run said, and the tracebacks of those that failed."""
 PATIENCE = 30.0
@@ -74,7 +77,8 @@ class Worker:
     """A process that performs a run: a session of its own, so that a terminal's Ctrl-C does not reach it."""
 
     def __init__(self, job: Job) -> None:
-        environment = {**os.environ, **job.variables, "OMP_NUM_THREADS": str(job.threads)}
+        own = {key: value for key, value in os.environ.items() if not _is_of_a_launcher(key)}
+        environment = {**own, **job.variables, "OMP_NUM_THREADS": str(job.threads)}
         environment["MKL_NUM_THREADS"] = str(job.threads)  # torch heeds it before the other
         environment.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve the other runs
         if job.gpus is not None:
@@ -139,6 +143,10 @@ def main(directory: str, name: str) -> None:
     threading.Thread(target=_await_end, args=(stop,), daemon=True).start()
     outcome = _perform(Path(directory), name, stop)
     os.write(answer, b"\n" + json.dumps(asdict(outcome)).encode())  # libraries may have printed while imported
+
+
+def _is_of_a_launcher(variable: str) -> bool:
+    return variable in _OF_A_LAUNCHER or variable.startswith(_OF_TORCHRUN)
 
 
 def _await_end(stop: threading.Event) -> None:

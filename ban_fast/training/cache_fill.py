@@ -46,6 +46,21 @@ def fill_ahead(
     return teacher.known - before
 
 
+def fill_in_order(
+    teacher: CachedTeacher,
+    loader: KeyedLoader,
+    config: Config,
+    steps: Mapping[int, int],
+    should_stop: Stop,
+) -> int:
+    """The same in the very batches of a training that computes what it misses: where others would be other bits."""
+    before = teacher.known
+    with autocast(config, teacher.device):
+        _fill_by_epochs(teacher, loader, steps, should_stop)
+    teacher.sync()
+    return teacher.known - before
+
+
 def _fill_from_memory(
     teacher: CachedTeacher,
     loader: MemoryLoader | TensorLoader,

@@ -72,7 +72,7 @@ class Rows(Protocol):
 
 
 class MemoryRows:
-    """Rows in the memory of one device, which grows by doubling."""
+    """Rows in the memory of one device, which grows by doubling beyond what was reserved."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.count = 0
@@ -89,15 +89,20 @@ class MemoryRows:
         """[capacity, width]: the table, and what is not written yet below it."""
         return self._table
 
+    def reserve(self, count: int) -> None:
+        """Have room for so many rows: growing holds two tables at once, and what was recorded with one is void."""
+        if count > len(self._table):
+            grown = self._table.new_empty(count, self._table.shape[1])
+            grown[: self.count] = self.table
+            self._table = grown
+
     def append(
         self, values: Tensor, forwards: int, keys: Tensor | None = None, confidence: Tensor | None = None
     ) -> None:  # [n, width], [n], [n, 1]
         """Keep `values`; their keys and confidences are the caller's affair."""
         end = self.count + len(values)
         if end > len(self._table):
-            grown = self._table.new_empty(max(end, 2 * len(self._table), _FIRST_CAPACITY), self._table.shape[1])
-            grown[: self.count] = self.table
-            self._table = grown
+            self.reserve(max(end, 2 * len(self._table), _FIRST_CAPACITY))
         self._table[self.count : end] = values
         self.count = end
         self.forwards += forwards
@@ -110,7 +115,10 @@ class MemoryRows:
 
 
 class FileRows:
-    """Rows in a directory that one process holds at a time."""
+    """Rows in a directory that one process at a time adds to, while any number read what is there.
+
+    Readers hold no lock: rows that are whole are never changed or cut off by who fills the cache, only added to.
+    """
 
     def __init__(
         self,
@@ -120,12 +128,14 @@ class FileRows:
         dtype: torch.dtype,
         owner: bytes = bytes(8),
         with_confidence: bool = False,
+        is_reader: bool = False,
     ) -> None:
         """`owner`: 8 bytes; `with_confidence`: the confidence that comes with a row is kept too.
 
-        UserError: the directory can't be made or written, is in use, or holds another cache.
+        `is_reader`: nothing is written or appended, and nobody kept from it: the rows are those of this moment.
+        UserError: the directory can't be made or written, is in use (InUse), holds another cache, or, to be read, none.
         """
-        self.path = path
+        self.path, self.is_reader = path, is_reader
         self.count = 0
         self.forwards = 0
         self.keys = torch.empty(0, dtype=torch.int64)
@@ -139,8 +149,10 @@ class FileRows:
         self._mapped: Tensor = torch.empty(0, width, dtype=dtype)
         self._dirty = False
         self._files: list[FileIO] = []
-        make_directories(path)
-        self._lock = DirectoryLock(path, "wait for it, or choose another --cache-dir; --resume takes either")
+        self._lock: DirectoryLock | None = None
+        if not is_reader:
+            make_directories(path)
+            self._lock = DirectoryLock(path, "wait for it, or choose another --cache-dir; --resume takes either")
         try:
             self._describe(description)
             self._rows = self._open(ROWS)
@@ -169,6 +181,7 @@ class FileRows:
         self, values: Tensor, forwards: int, keys: Tensor, confidence: Tensor | None = None
     ) -> None:  # [n, width], [n], [n, 1]
         """Write rows, then the record of them. UserError where the disk refuses; the rows before stay as they are."""
+        assert not self.is_reader
         data = _bytes(values.to("cpu", self._dtype))
         beside = memoryview(b"")
         if self._beside is not None:
@@ -206,8 +219,9 @@ class FileRows:
         if self._rows.closed:
             return
         self._mapped = self._mapped.new_empty(0, self._width)
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
+        if not self.is_reader:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
         self._let_go()
 
     def remove(self) -> None:
@@ -220,8 +234,9 @@ class FileRows:
     def _describe(self, description: dict[str, Any]) -> None:
         file = self.path / DESCRIPTION
         remedy = f"delete the directory {self.path} to compute it again, or choose another --cache-dir"
-        (self.path / (DESCRIPTION + TEMPORARY)).unlink(missing_ok=True)
-        if not file.exists():
+        if not self.is_reader:
+            (self.path / (DESCRIPTION + TEMPORARY)).unlink(missing_ok=True)
+        if not self.is_reader and not file.exists():
             for name in (ROWS, CONFIDENCE, INDEX):  # without a description they are nobody's
                 (self.path / name).unlink(missing_ok=True)
             write_json(file, description)
@@ -242,20 +257,24 @@ class FileRows:
                 )
 
     def _open(self, name: str) -> FileIO:
+        flags, mode = (os.O_RDONLY, "rb") if self.is_reader else (os.O_RDWR | os.O_CREAT, "r+b")
         try:
-            file = FileIO(os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            file = FileIO(os.open(self.path / name, flags, 0o666), mode)
         except OSError as error:
-            raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
+            raise UserError(
+                f"cannot {'read' if self.is_reader else 'write'} {self.path / name}: {error.strerror}"
+            ) from error
         self._files.append(file)
         return file
 
     def _let_go(self) -> None:
         for file in self._files:
             file.close()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _read(self) -> None:
-        """Take up the records that are whole, and cut the files back to them."""
+        """Take up the records that are whole, and cut the files back to them, if they are to be added to."""
         try:
             index = (self.path / INDEX).read_bytes()
             keys = []
@@ -266,6 +285,9 @@ class FileRows:
                 self.count += len(keys[-1])
                 self.forwards += forwards if is_mine else 0
             self.keys = torch.cat(keys) if keys else self.keys
+            if self.is_reader:
+                self._mapped = self._map(self.count) if self.count else self._mapped
+                return
             os.ftruncate(self._index.fileno(), self._index_bytes)
             os.ftruncate(self._rows.fileno(), self.count * self._row_bytes)
             if self._beside is not None:
@@ -282,17 +304,16 @@ class FileRows:
             return None
         checksum, rows_checksum, count, forwards, owner = _HEAD.unpack_from(index, start)
         end = start + _HEAD.size + count * _KEY_BYTES
-        if end > len(index):
-            return None
-        is_whole = zlib.crc32(index[start + 4 : end], self._seed) == checksum
+        is_whole = end <= len(index) and zlib.crc32(index[start + 4 : end], self._seed) == checksum
         if is_whole:
             data, wanted = _read_at(self._rows, self.count, count, self._row_bytes), count * self._row_bytes
             if self._beside is not None:
                 data += _read_at(self._beside, self.count, count, _CONFIDENCE_BYTES)
                 wanted += count * _CONFIDENCE_BYTES
             is_whole = len(data) == wanted and zlib.crc32(data) == rows_checksum
-        if not is_whole:
+        if not is_whole and not self.is_reader:
             self.note = f"{self.path} was damaged after {self.count:,} rows: those behind are computed again"
+        if not is_whole:
             return None
         return index[start + _HEAD.size : end], forwards, owner == self._owner
 
@@ -302,8 +323,12 @@ class FileRows:
             return
         capacity = max(count, 2 * len(self._mapped), _FIRST_CAPACITY)
         os.ftruncate(self._rows.fileno(), capacity * self._row_bytes)
-        mapped = np.memmap(self.path / ROWS, np.uint8, "r+", shape=(capacity * self._row_bytes,))
-        self._mapped = torch.from_numpy(mapped).view(self._dtype).view(capacity, self._width)
+        self._mapped = self._map(capacity)
+
+    def _map(self, count: int) -> Tensor:
+        mode: Any = "c" if self.is_reader else "r+"  # torch wants what it may write: a reader would write a copy
+        mapped = np.memmap(self.path / ROWS, np.uint8, mode, shape=(count * self._row_bytes,))
+        return torch.from_numpy(mapped).view(self._dtype).view(count, self._width)
 
 
 def descriptions(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -1,15 +1,16 @@
 """A run in several processes (ranks), one a GPU: who they are, which part of a batch is whose, and how they agree.
 
-`torchrun` starts them and says so in the environment; a process group that is there already is used as it is, if gloo
-is among its backends. Whatever decides what happens next - a signal, the clock, a loss that is not finite, an error -
-is agreed on by all: a rank that went its own way would leave the others waiting. Such words go over gloo, between the
-hosts: no GPU is waited for.
+`torchrun` starts them and says so in the environment, or a scheduler that sets RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; a process group that is there already is used as it is, if gloo is among its backends. Whatever decides
+what happens next - a signal, the clock, a loss that is not finite, an error - is agreed on by all: a rank that went its
+own way would leave the others waiting. Such words go over gloo, between the hosts: no GPU is waited for.
 """
 
 import gc
 import itertools
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -25,7 +26,8 @@ from ..errors import OptionError, UserError
 
 T = TypeVar("T")
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOCALLY = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _BACKENDS = ("gloo", "nccl")
 """What their errors name, with a line of their source or as who could not reach another rank."""
 
@@ -183,6 +185,7 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     is_ours = not dist.is_initialized()
     if is_ours:
+        _refuse_half_launched()
         if not was_launched() or int(os.environ["WORLD_SIZE"]) == 1:
             yield Ranks()
             return
@@ -241,17 +244,38 @@ def _device_types() -> list[torch.device]:
 
 
 def was_launched() -> bool:
-    """Whether this process is one of torchrun's."""
+    """Whether this process is one of torchrun's, or of a scheduler's that says as much."""
     return all(name in os.environ for name in _LAUNCHED)
+
+
+def _refuse_half_launched() -> None:
+    """UserError where others were started too, and how to reach them is not said: each would train all by itself."""
+    size, missing = os.environ.get("WORLD_SIZE", ""), [name for name in _LAUNCHED if name not in os.environ]
+    if "RANK" in os.environ and size.isdecimal() and int(size) > 1 and missing:
+        are, them = ("are", "them") if len(missing) > 1 else ("is", "it")
+        raise UserError(
+            f"RANK and WORLD_SIZE say that this is one of {size} processes, but {' and '.join(missing)} {are} not set: "
+            f"set {them} to where rank 0 listens, start them with torchrun, or unset RANK"
+        )
 
 
 def _of_default_group() -> Ranks:
     rank, size = dist.get_rank(), dist.get_world_size()
-    if was_launched():
-        local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if was_launched() and all(name in os.environ for name in _LOCALLY):
+        local_rank, local_size = (int(os.environ[name]) for name in _LOCALLY)
+    elif was_launched():
+        local_rank, local_size = _found_locally(rank, size)
     else:  # by whoever made the group: on one machine, for all we know
         local_rank, local_size = rank, size
     return Ranks(rank, size, local_rank=local_rank, local_size=local_size)
+
+
+def _found_locally(rank: int, size: int) -> tuple[int, int]:
+    """This rank's place among those that share its GPUs, and how many they are: on its machine, and shown the same."""
+    own = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    every: list[Any] = [None] * size
+    dist.all_gather_object(every, own)
+    return every[:rank].count(own), every.count(own)
 
 
 def _is_loss(error: RuntimeError) -> bool:

@@ -15,6 +15,7 @@ from ..data import KeyedLoader, Loader
 from ..errors import OptionError, UserError
 from .adoption import adopt_teacher
 from .cache_fill import fill_ahead
+from .cache_worth import check_cache
 from .compiled import check_compiler
 from .distributed import Ranks, joined
 from .environment import device_name, differences, environment
@@ -31,7 +32,7 @@ from .step_choice import COMPILE, check_step
 from .task import CUSTOM, ModelFactory, Samples, Task, build, training_device, with_own
 from .teacher import Teacher, fingerprint
 from .teacher_cache import CachedTeacher
-from .teacher_choice import FOLDER, check_cache, choose_teacher, remove_own
+from .teacher_choice import FOLDER, at, choose_teacher, remove_own
 from .teacher_folding import check_fold
 
 
@@ -45,6 +46,7 @@ def run(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     teacher_from: str | os.PathLike[str] | None = None,
+    outputs_from: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Results:
@@ -56,7 +58,8 @@ def run(
     test figures. `out` is the run directory (None: no files), `resume` goes on with the run in it, or returns its
     results if it is finished. `teacher_from` is the directory of a run whose teacher would be this one's to the bit, as
     its configuration differs in what students learn from and in their number alone: generation 0 is copied from there,
-    unless it is here already. `should_stop` is asked after every step, of recorded ones after
+    unless it is here already. `outputs_from` is a directory in which what that teacher says to generation 1 has been
+    put down (`shared.share_outputs`), to be read there. `should_stop` is asked after every step, of recorded ones after
     every replay: where it is true, all is saved and Interrupted is raised. The caller's random generators are left as
     found.
 
@@ -82,14 +85,15 @@ def run(
             store.refuse_existing()
         home = None if store is None else store.path
         own = {"train": train, "test": test, "validation": validation}
-        task = everyones_task(config, ranks, stack, home, resume, model, own)
+        shared = None if outputs_from is None or not Path(outputs_from).is_dir() else Path(outputs_from)
+        task = everyones_task(config, ranks, stack, home, resume, model, own, shared)
         if store is not None:
             begin(store, config, task, resume, observer)
         evaluator = task.evaluator(config.seed, ranks.agreed(should_stop))
         lineage = Lineage(config, task, store, evaluator, observer)
         if teacher_from is not None and not lineage.finished:
             adopt_teacher(lineage, Path(teacher_from))
-        grow([lineage], config, task, home, observer, should_stop)
+        grow([lineage], config, task, home, observer, should_stop, shared)
         return lineage.as_results()
 
 
@@ -101,8 +105,10 @@ def everyones_task(
     resume: bool,
     model: ModelFactory | None,
     own: Mapping[str, Samples | None],
+    shared: Path | None = None,
 ) -> Task:
-    """The task, on this rank's device; what one rank lacks is every rank's UserError. `home`: the run's directory."""
+    """The task, on this rank's device; what one rank lacks is every rank's UserError. `home`: the run's directory;
+    `shared`: where its first teacher's outputs are."""
     with ranks.alike():
         if config.sync_statistics and config.steps == COMPILE and not ranks.is_alone:
             raise OptionError("sync_statistics", "what is exchanged for them is not compiled; leave --compile out")
@@ -111,7 +117,8 @@ def everyones_task(
     with ranks.alike():
         task = make_task(config, device, model=model, ranks=ranks, **own)
         check_step(config, device, task.train(0))
-        check_cache(config, task, None if home is None else home / FOLDER, resume)
+        kept = config if config.generations > 1 else _reading(config, shared)
+        check_cache(kept, task, None if home is None else home / FOLDER, resume)
         check_fold(config, task)
         if config.steps == COMPILE:
             check_compiler(device)
@@ -125,10 +132,12 @@ def grow(
     home: Path | None,
     observer: Observer,
     should_stop: Callable[[], bool],
+    shared: Path | None = None,
 ) -> None:
     """Bring every lineage to its last generation, those that stand at the same one side by side.
 
-    They differ in their objectives alone; `config` is of all of them, `home` the directory that they have in common.
+    They differ in their objectives alone; `config` is of all of them, `home` the directory that they have in common,
+    `shared` the one in which the outputs of generation 0 are.
     """
     _share_teacher(lineages)  # a kill may have come between
     finished = min(lineage.finished for lineage in lineages)
@@ -148,8 +157,15 @@ def grow(
         if agreed():
             raise Interrupted
         here = [lineage for lineage in lineages if lineage.finished == number]
-        _grow_generation(number, here if number else here[:1], config, task, home, observer, should_stop)
+        kept = _reading(config, shared) if number == 1 else config
+        _grow_generation(number, here if number else here[:1], kept, task, home, observer, should_stop)
         _share_teacher(lineages)
+
+
+def _reading(config: Config, shared: Path | None) -> Config:
+    """The same where a teacher's outputs are found, if they were put down in a place of others'."""
+    is_own = config.teacher.mode != "live" and config.teacher.cache_directory is None
+    return at(config, shared) if shared is not None and is_own else config
 
 
 def _share_teacher(lineages: Sequence[Lineage]) -> None:

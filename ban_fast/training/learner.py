@@ -142,6 +142,12 @@ class Learner:
         self.meter.add(terms, logits, batch.labels, whole)
         self.step_on_device += 1
 
+    def abandon(self) -> None:
+        """Forget a step that was begun and not ended: its gradients, and that the scaler may have made it."""
+        self.optimizer.zero_grad()
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()  # as its update does; until then it refuses another step
+
     def advance(self, images: int, steps: int = 1) -> None:
         """Count the step, or steps, of so many images that were made."""
         self.meter.images += images
@@ -343,7 +349,9 @@ class Learner:
         if self.number:
             unit, teacher = self.task.unit, self.teacher
             no_teacher = {"mode": "none", "dtype": None, f"forward_{unit}": 0}  # labels alone
-            record["teacher"] = no_teacher if teacher is None else teacher.record(self.images, unit)
+            record["teacher"] = (
+                no_teacher if teacher is None else teacher.record(self.images, unit, self.objective_name)
+            )
         return record
 
 

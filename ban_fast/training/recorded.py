@@ -93,12 +93,19 @@ class Recorded:
             raise NotRecorded("the network draws random numbers on the host, and a replay would repeat them")
         graph = torch.cuda.CUDAGraph()
         try:
-            # Graphs of several sizes share memory: one is replayed at a time, and leaves nothing there to another.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Where the end of a recording fails, torch leaves its stream the current one. Graphs of several sizes share
+            # memory: one is replayed at a time, and leaves nothing there to another.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
                 for _ in range(size):
                     self._step()
         except RuntimeError as error:  # a wait for the device, an allocation, a library's call that can't be recorded
-            raise NotRecorded(str(error).strip().split("\n")[0]) from error
+            cause = _first_cause(error)
+            if not isinstance(cause, Exception):  # whoever interrupts is heeded
+                raise cause from None
+            raise NotRecorded(str(cause).strip().split("\n")[0] or type(cause).__name__) from error
         return graph
 
 
@@ -157,6 +164,15 @@ class Trial:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What was raised first: the end of a recording that was broken raises once more, and says that alone."""
+    seen = {id(error)}
+    while (before := error.__cause__ or error.__context__) is not None and id(before) not in seen:
+        seen.add(id(before))
+        error = before
+    return error
 
 
 def _host_generators(device: torch.device) -> tuple[object, ...]:

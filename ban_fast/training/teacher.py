@@ -52,7 +52,7 @@ class Teacher(Protocol):
         """What it says of a batch that it was prepared for. Detached."""
         ...
 
-    def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
+    def record(self, rows: int, unit: str = "images", objective: str = "") -> dict[str, Any]:
         """What results.json says of the teacher of a student that was trained on so many images or tokens."""
         ...
 
@@ -146,7 +146,7 @@ class LiveTeacher(Frozen):
         self._asked += 1
         return Taught(logits)
 
-    def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
+    def record(self, rows: int, unit: str = "images", objective: str = "") -> dict[str, Any]:
         """A forward pass for all that the student was trained on."""
         return {"mode": "live", "dtype": dtype_name(self._dtype), f"forward_{unit}": rows} | self.manner()
 

@@ -55,6 +55,7 @@ class CachedTeacher(Frozen):
         only_confidence: bool = False,
         with_confidence: bool = False,
         on_device: bool = True,
+        expected: int = 0,
         is_own: bool = False,
         is_folded: bool = False,
         ranks: Ranks = ALONE,
@@ -65,6 +66,7 @@ class CachedTeacher(Frozen):
         `with_confidence`: rows of logits, and that number of each, from the logits before they were rounded.
         `on_device`: whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, a
         batch's are copied.
+        `expected`: so many rows, all told, that room for them in memory is taken at once.
         `is_own`: whether files are for this teacher's students alone.
         Of several `ranks`, only rank 0 has `rows` that may be there already: the others `share` them.
         UserError, with the files closed, where rows that are there can't be this network's.
@@ -82,12 +84,24 @@ class CachedTeacher(Frozen):
         if on_device and table.device.type != device.type:
             self._copy = MemoryRows(table.shape[1], table.dtype, device)
         self._confidence = MemoryRows(1, torch.float32, device) if with_confidence else None
+        for kept in (rows, self._copy, self._confidence):
+            if isinstance(kept, MemoryRows):
+                kept.reserve(min(expected, len(self._slots)))
         if isinstance(rows, FileRows) and rows.count:
             try:
                 self._take_up(rows, with_confidence)
             except BaseException:
                 rows.close()
                 raise
+
+    @property
+    def has_confidences(self) -> bool:
+        """Whether CWTM learns from the number that is kept, and not from logits."""
+        return self._only_confidence or self._confidence is not None
+
+    def dtype_for(self, objective: str) -> torch.dtype:
+        """What its students of an objective learn from: a confidence is fp32 whatever the logits are."""
+        return torch.float32 if objective == "cwtm" and self.has_confidences else self._dtype
 
     @property
     def known(self) -> int:
@@ -210,9 +224,10 @@ class CachedTeacher(Frozen):
             confidence = None if confidence is None else confidence[slots]
         return Taught(None, rows, table[:, 0]) if self._only_confidence else Taught(table, rows, confidence)
 
-    def record(self, rows: int, unit: str = "images") -> dict[str, Any]:
+    def record(self, rows: int, unit: str = "images", objective: str = "") -> dict[str, Any]:
         """How many images the teacher saw, for all students that share it in this run."""
-        record = {"mode": "cache", "dtype": dtype_name(self._dtype), f"forward_{unit}": self.forward_images}
+        dtype = dtype_name(self.dtype_for(objective))
+        record = {"mode": "cache", "dtype": dtype, f"forward_{unit}": self.forward_images}
         return record | self.manner()
 
     def state(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class WholeStep:
     def __call__(self) -> None:
         """The next step. On the device alone: no number of it is known to the host before or after."""
         learner = self._learner
-        learner.optimizer.zero_grad()  # where recording failed midway
+        learner.abandon()  # where recording failed midway
         batch = self._gathered(self._epoch.index_select(1, self._place)[:, 0])
         torch.index_select(self._rates, 0, self._place, out=learner.rate.view(1))
         taught = None

@@ -1,11 +1,15 @@
 """What the processes of torchrun settle before they train: where the run is, and whether it is begun again."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_calls import SMALL, Call
 
 from ban_fast.cli import ranks
+from ban_fast.studies import worker
+from ban_fast.training import distributed
 
 
 @pytest.fixture
@@ -77,3 +81,60 @@ def test_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     begin(tmp_path / "run")
     assert ranks.settled(tmp_path / "run") == (tmp_path / "run", False)
+
+
+SCHEDULED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+
+
+@pytest.fixture
+def scheduled(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """This process as one of a scheduler's, which sets these four and no more."""
+    for name in [name for name in os.environ if worker._is_of_a_launcher(name)]:
+        monkeypatch.delenv(name)
+    for name, value in SCHEDULED.items():
+        monkeypatch.setenv(name, value)
+    return SCHEDULED
+
+
+def test_who_speaks_and_who_trains_know_the_same_processes(
+    scheduled: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ranks._NEEDED == distributed._LAUNCHED
+    assert ranks.is_one_of_several()
+    assert distributed.was_launched()
+    for name in scheduled:
+        with monkeypatch.context() as patch:
+            patch.delenv(name)
+            assert not ranks.is_one_of_several()
+            assert not distributed.was_launched()
+
+
+@pytest.mark.usefixtures("scheduled")
+def test_a_mistake_of_any_of_them_is_a_line(call: Call, tmp_path: Path) -> None:
+    call("train", "--batch-size", "0").mistake("--batch-size must be at least 1, got 0")
+    call("sweep", "--vary", "objective=ban,cwtm", "--out", "study").mistake("a sweep is not for torchrun, ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("scheduled")
+def test_what_is_missing_is_said(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Instead of a run of each process by itself."""
+    monkeypatch.delenv("MASTER_PORT")
+    call("train", *SMALL, "--out", "run").mistake("this is one of 2 processes, but MASTER_PORT is not set: set it to")
+    monkeypatch.delenv("MASTER_ADDR")
+    call("train", *SMALL, "--out", "run").mistake("but MASTER_ADDR and MASTER_PORT are not set: set them to")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_among_those_that_share_a_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By host, and by what each is shown of it: a scheduler may give each process a GPU of its own."""
+    found = [("a", None), ("b", "0"), ("a", None), ("b", "1"), ("a", None)]
+    monkeypatch.setattr(distributed.dist, "all_gather_object", lambda every, own: every.__setitem__(slice(None), found))
+    for rank, (place, size) in enumerate([(0, 3), (0, 1), (1, 3), (0, 1), (2, 3)]):
+        monkeypatch.setattr(distributed.socket, "gethostname", lambda rank=rank: found[rank][0])
+        shown = found[rank][1]
+        if shown is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert distributed._found_locally(rank, len(found)) == (place, size)

@@ -46,6 +46,7 @@ class Held(nn.Module):
         (["--vary", "lr=1", "--vary", "optimizer.lr=2"], ["--vary optimizer.lr is given twice"]),
         (["--vary", "lr=1", "--lr", "2"], ["--lr and --vary lr each set optimizer.lr; leave one of them out"]),
         (["--vary", "batch-size=8", "--batch-size", "9"], ["--batch-size and --vary batch-size each set batch_size"]),
+        (["--vary", "data.augmentation=auto,mixup"], ["data.augmentation: mixup changes an image in endless ways"]),
         (["--vary", "objective=ban,bam"], ["--objective: unknown value 'bam'; did you mean 'ban'?"]),
         (["--vary", "objective=ban,cwtm", "--label-weight", "1"], ["--label-weight: is for none of ban, cwtm"]),
         (["--vary", "recipe=demo,nope"], ["--recipe: unknown recipe 'nope'"]),

@@ -124,6 +124,39 @@ def test_a_mistake_is_said_once_and_ends_all(torchrun: Torchrun, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_sweep_is_refused_once_and_leaves_nothing(torchrun: Torchrun, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    out, lines, err = ended(torchrun("--", "sweep", *SMALL, "--vary", "objective=ban,cwtm", "--out", "study"))
+    assert len(lines) == 1, err
+    assert lines[0].startswith("ban-fast: a sweep is not for torchrun, ")
+    assert (out, tree(tmp_path)) == ("", before)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_says_no_more_than_it_must(tmp_path: Path, torchrun: Torchrun, port: int) -> None:
+    """RANK, WORLD_SIZE and the address of rank 0: the ranks of a machine find each other's places by themselves."""
+    words = ("train", "--config", "config.json", "--out")
+    several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ban_fast", *words, "run"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **several, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    ends = [ended(process) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], ends
+    assert ["BAN-1" in out for out, _, _ in ends] == [True, False]
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
+    ended(torchrun("--", *words, "whole"))
+    check_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_one_process_goes_on(torchrun: Torchrun, tmp_path: Path) -> None:
     """Two processes, then one, then four: the weights of one process from beginning to end."""
     process = torchrun("--", "train", "--config", "config.json", "--out", "run", hold=True)

@@ -40,7 +40,10 @@ def separately(study: Study, path: Path) -> None:
 
 
 def footprint(path: Path) -> dict[str, Any]:
-    """Everything in a run directory but clocks' figures, checkpoints and what it ran on."""
+    """Everything in a run directory but clocks' figures, checkpoints, what it ran on, and how its teachers were asked.
+
+    A study's runs read what their teacher's run has put down, to the same bits.
+    """
     found: dict[str, Any] = {}
     for file in sorted(path.rglob("*")):
         name = str(file.relative_to(path))
@@ -48,6 +51,12 @@ def footprint(path: Path) -> dict[str, Any]:
             found[name] = file.read_bytes()
         elif file.suffix == ".jsonl":
             found[name] = [_timeless(json.loads(line)) for line in file.read_text().splitlines()]
+        elif name == "shared.json":
+            continue
+        elif name == "results.json":
+            found[name] = _timeless(json.loads(file.read_text()))
+            for record in found[name]["generations"]:
+                record.pop("teacher", None)
         elif name == "environment.json" or file.suffix == ".pt" or file.is_dir():
             found[name] = "there"
         else:
@@ -138,6 +147,16 @@ def kill_at_work(directory: Path, name: str, *, its_starter: bool = False) -> Wa
 
     hold(directory, name)
     return Watch(lambda: at_work(directory, name), kill)
+
+
+def asked(directory: Path, study: Study) -> dict[str, tuple[str, int]]:
+    """How each student of a study had its teacher in generation 1: the mode, and the images shown for it."""
+    found = {}
+    for planned in study.runs:
+        if planned.config.generations:
+            record = json.loads((directory / planned.name / "results.json").read_text())["generations"][1]["teacher"]
+            found[planned.name] = (record["mode"], record["forward_images"])
+    return found
 
 
 class Heard(StudyObserver):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from study_runs import Heard, Watch, at_work, footprints, hold, kill_at_work, release, separately, small, workers
+from study_runs import Heard, Watch, asked, at_work, footprints, hold, kill_at_work, release, separately, small, workers
 
 from ban_fast.config import TeacherConfig
 from ban_fast.errors import UserError
@@ -46,6 +46,7 @@ def test_a_worker_that_is_killed_goes_on_and_all_are_what_separate_runs_are(
     assert sorted(heard.started[1:]) == [(BAN, 1), (CWTM, 1), (CWTM, 2)]
     assert (CWTM, "failed", True) in heard.ended
     assert heard.notes == []
+    assert asked(out, study) == {BAN: ("cache", 0), CWTM: ("cache", 0)}
     for name in (BAN, CWTM):
         log = (out / "logs" / f"{name}.txt").read_text()
         assert "generation 0 (label)" not in log, "adopted, not trained"
@@ -116,28 +117,42 @@ def test_one_that_always_fails_does_not_end_the_others(tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_cache_that_one_run_holds_is_waited_for(tmp_path: Path) -> None:
-    """Two students of one teacher at once, who are to keep its outputs in one place: neither fails, both use them.
-
-    Both learn from logits, so that there is one cache whoever begins first: CWTM alone would keep confidences. The
-    first goes on once the other has found it in use.
-    """
-    kept = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "cache"))
-    study = Study.vary(small(teacher=kept), {"objective.name": ["ban", "dkpp"]})
-    out, students = tmp_path / "study", (BAN, "objective=dkpp,seed=0")
-    logs = [out / "logs" / f"{name}.txt" for name in students]
-    hold(out, *students)
-    waits = Watch(
-        lambda: any(log.exists() and "is in use by another process" in log.read_text() for log in logs),
-        lambda: release(out, *students),
+@pytest.mark.parametrize("is_named", [True, False])
+def test_students_of_one_teacher_read_its_outputs_at_once(is_named: bool, tmp_path: Path) -> None:
+    """In a place with a name or the study's own, which goes with them: both are at work, and neither asks."""
+    place = str(tmp_path / "cache") if is_named else None
+    study = Study.vary(
+        small(teacher=TeacherConfig(mode="cache", cache_directory=place)), {"objective.name": ["ban", "cwtm"]}
     )
+    out, students = tmp_path / "study", (BAN, CWTM)
+    hold(out, *students)
+    waits = Watch(lambda: at_work(out, *students), lambda: release(out, *students))
     assert run_study(study, out, workers=2, cpus_per_run=1) == {}
     waits.join()
-    forwards = []
-    for name in students:
-        results = json.loads((out / name / "results.json").read_text())
-        forwards.append(results["generations"][1]["teacher"]["forward_images"])
-    assert min(forwards) == 0 < max(forwards), "the second found rows of the first"
+    assert asked(out, study) == dict.fromkeys(students, ("cache", 0))
+    assert (tmp_path / "cache").exists() == is_named
+    assert not (out / "teacher-cache").exists()
+
+
+@pytest.mark.slow
+def test_stopped_while_the_teachers_outputs_are_put_down(study: Study, tmp_path: Path) -> None:
+    """Its run goes on with that, computes nothing again, and the students are those of a study that was not stopped."""
+    whole, out = tmp_path / "whole", tmp_path / "study"
+    assert run_study(study, whole, workers=2, cpus_per_run=1) == {}
+
+    def is_filling() -> bool:
+        return any(file.stat().st_size for file in (out / "teacher-cache").glob("*/*/index.bin"))
+
+    with pytest.raises(Interrupted):
+        run_study(study, out, workers=1, cpus_per_run=1, should_stop=is_filling)
+    (out / TEACHER / "shared.json").unlink(missing_ok=True)  # a fast machine's was done
+    heard = Heard()
+    assert run_study(None, out, workers=2, cpus_per_run=1, resume=True, observer=heard) == {}
+    assert heard.started[0] == (TEACHER, 1)
+    assert footprints(study, out) == footprints(study, whole)
+    assert asked(out, study) == asked(whole, study)
+    records = [json.loads((place / TEACHER / "shared.json").read_text())["shared"] for place in (whole, out)]
+    assert records[0][0]["forward_images"] == records[1][0]["forward_images"] > 0
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """How a machine is shared out."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ban_fast.errors import UserError
+from ban_fast.studies import worker
 from ban_fast.studies.resources import Resources, Slot, cores_here, local_slots, threads_asked
 
 
@@ -75,3 +78,25 @@ def test_what_is_not_there(asked: dict[str, float], gpus: int, words: str) -> No
     with pytest.raises(UserError) as caught:
         slots(gpus=gpus, **asked)
     assert words in str(caught.value)
+
+
+def test_a_runs_process_is_none_of_a_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever started who starts the study: a run that took itself for one of several would wait for the others."""
+    found: dict[str, str] = {}
+
+    def started(*_: Any, env: dict[str, str], **__: Any) -> None:
+        found.update(env)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", started)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name in ("ROLE_RANK", "TORCHELASTIC_RUN_ID", "RANKING"):
+        monkeypatch.setenv(name, "1")
+    worker.Worker(worker.Job.here(tmp_path, "run", 3, None))
+    assert not [
+        name
+        for name in found
+        if name.startswith(("RANK_", "WORLD", "LOCAL", "MASTER", "GROUP", "ROLE", "TORCHELASTIC"))
+    ]
+    assert "RANK" not in found
+    assert (found["RANKING"], found["OMP_NUM_THREADS"]) == ("1", "3")

@@ -66,11 +66,15 @@ class Emulated:
         @contextmanager
         def graph(recorded: Graph, pool: Any, stream: Any) -> Iterator[None]:
             device._recording = recorded.steps
+            is_whole = False
             try:
                 yield
+                is_whole = True
             finally:
                 device.lines.append(f"record {len(recorded.steps)}")
                 device._recording = None
+                if not is_whole:  # as capture_end does, in torch's own __exit__, before the first error goes on
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
         fakes = {"Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph}
         for name, fake in fakes.items():

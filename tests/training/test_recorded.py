@@ -117,6 +117,33 @@ def test_what_can_not_be_recorded_says_why_in_a_line(monkeypatch: pytest.MonkeyP
     assert device.lines == ["step"] * recorded.WARM_UPS + ["record 1"]
 
 
+def test_the_first_cause_is_quoted() -> None:
+    """Of a chain that ends in what the end of a broken recording raises; one that goes in circles ends too."""
+    cause = ValueError("no copies to the host")
+    error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    error.__context__ = RuntimeError("another, on its way")
+    error.__context__.__context__ = cause
+    assert recorded._first_cause(error) is cause
+    assert recorded._first_cause(cause) is cause
+    cause.__context__ = error
+    assert recorded._first_cause(error) is cause
+
+
+def test_an_interrupt_while_it_records_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Emulated()
+    device.install(monkeypatch)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    step = recorder(device)
+    for _ in range(recorded.WARM_UPS):
+        step(1)
+    monkeypatch.setattr(device, "make", lambda _: interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        step(1)
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.random, lambda: torch.rand(1)])
 def test_draws_on_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Any]) -> None:
     """A replay would repeat one of them: stochastic depth by `random.random() < p`, for example."""
@@ -156,6 +183,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Emulated]:
     """Every generation is trained by replays, of 1, 2 or 4 steps of the epochs' 4; the one named is the quickest."""
     # Tables that move while a run goes on, and a teacher that sees two batches at a time: of batches served too.
     monkeypatch.setattr("ban_fast.training.cache_store._FIRST_CAPACITY", 16)
+    monkeypatch.setattr("ban_fast.training.cache_worth.Fill.most", 0)
     monkeypatch.setattr("ban_fast.training.teacher_cache._MOST_AHEAD", 2)
 
     def install(best: int) -> Emulated:

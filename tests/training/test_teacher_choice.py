@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ban_fast import models
 from ban_fast.config import Config, DataConfig, ModelConfig, TeacherConfig
+from ban_fast.data import KeyedLoader
 from ban_fast.errors import OptionError, UserError
-from ban_fast.training import Interrupted, run
+from ban_fast.training import Interrupted, run, run_together
 from ban_fast.training.cache_store import FileRows, count_rows
+from ban_fast.training.cache_worth import Fill
 from ban_fast.training.jobs import make_task
 from ban_fast.training.locks import DirectoryLock
 from ban_fast.training.teacher_cache import CachedTeacher
@@ -270,17 +272,33 @@ def test_a_cache_that_was_given_up_is_removed(tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "caches").glob("*/rows.bin"))
 
 
-def test_auto_goes_live_where_another_process_has_its_cache(tmp_path: Path) -> None:
-    """At the beginning, and resumed in fp32; not where rows were rounded. Who asked for the cache can resume."""
+def test_auto_keeps_its_own_where_another_process_fills_its_cache(tmp_path: Path) -> None:
+    """At the beginning, and resumed in fp32; not where rows were rounded. Who asked for the cache can resume.
+
+    Where that is not worth it, it goes live.
+    """
     auto = TeacherConfig(cache_directory=str(tmp_path / "caches"))
     half = TeacherConfig(cache_directory=str(tmp_path / "caches"), cache_dtype="fp16")
     started, rounded = stopped(tmp_path / "auto", auto), stopped(tmp_path / "half", half)
     only_cache = digits(teacher=TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches")))
     observer = Heard()
-    locks = [DirectoryLock(folder, "") for folder in (tmp_path / "caches").iterdir()]
+    held = set((tmp_path / "caches").iterdir())
+    locks = [DirectoryLock(folder, "") for folder in held]
     for path, resume in (("auto", True), ("new", False)):
         run(started, out=tmp_path / path, resume=resume, observer=observer)
-        assert observer.said.pop() == (1, f"live: another process uses its cache in {tmp_path / 'caches'}")
+        ((number, said),) = observer.said
+        assert (number, said.partition(":")[0]) == (1, "cache")
+        assert f" in {tmp_path / path / 'teacher-cache'}, the same bits as live" in said
+        assert said.endswith(f"; another process fills its cache in {tmp_path / 'caches'}")
+        assert not (tmp_path / path / "teacher-cache").exists()
+        observer.said.clear()
+    short = digits(teacher=auto, epochs=2)
+    run(short, out=tmp_path / "other")
+    (folder,) = set((tmp_path / "caches").iterdir()) - held
+    (folder / "index.bin").write_bytes((folder / "index.bin").read_bytes()[:-1])  # whole, it would be read
+    locks.append(DirectoryLock(folder, ""))
+    run(short, out=tmp_path / "short", observer=observer)
+    assert observer.said[0][1].startswith(f"live: another process fills its cache in {tmp_path / 'caches'}; 2 epochs")
     for path, settings in (("half", rounded), ("cache", only_cache)):
         with pytest.raises(UserError, match=r"wait for it, or choose another --cache-dir; --resume takes either$"):
             run(settings, out=tmp_path / path, resume=path == "half")
@@ -289,6 +307,72 @@ def test_auto_goes_live_where_another_process_has_its_cache(tmp_path: Path) -> N
     run(only_cache, out=tmp_path / "cache", resume=True)
     for path in ("new", "cache"):
         assert but_for_teachers(footprint(tmp_path / path)) == but_for_teachers(footprint(tmp_path / "auto"))
+
+
+@pytest.mark.parametrize(
+    ("students", "dtype", "said"),
+    [
+        (("ban", "dkpp"), "fp32", ", the same bits as live"),
+        (("ban", "cwtm"), "fp32", ", the same bits as live but for CWTM's confidences, rounded"),
+        (("ban", "cwtm"), "fp16", ", rounded"),
+        (("cwtm",), "fp32", ", rounded"),
+    ],
+)
+def test_what_is_said_of_precision_and_recorded(students: tuple[str, ...], dtype: str, said: str) -> None:
+    """Of fp32 rows nothing is lost to whom learns from them; CWTM has fp32 confidences beside rows of any kind."""
+    observer = Heard()
+    settings = digits(students=students, teacher=TeacherConfig(mode="cache", cache_dtype=dtype))
+    results = run_together(settings, observer=observer)
+    assert observer.said[0][1].endswith(said)
+    for name, result in results.items():
+        rounded = dtype == "fp16" and name != "cwtm"
+        assert result.generations[1]["teacher"]["dtype"] == ("float16" if rounded else "float32")
+
+
+def test_whole_caches_are_open_to_all(tmp_path: Path) -> None:
+    """Who needs no other rows reads them while a process holds the cache; who does fills it when that has gone."""
+    place = TeacherConfig(mode="cache", cache_directory=str(tmp_path / "caches"))
+    run(digits("cwtm", teacher=place), out=tmp_path / "first")
+    (folder,) = (tmp_path / "caches").iterdir()
+    lock = DirectoryLock(folder, "")
+    for name in ("ban", "dkpp", "cwtm"):
+        made = run(digits(name, teacher=place), out=tmp_path / name).generations[1]["teacher"]
+        assert (made["mode"], made["forward_images"]) == ("cache", 0)
+    run(digits(teacher=CACHE), out=tmp_path / "alone")
+    assert but_for_teachers(footprint(tmp_path / "ban")) == but_for_teachers(footprint(tmp_path / "alone"))
+    more = (folder / "rows.bin").stat().st_size
+    (folder / "index.bin").write_bytes((folder / "index.bin").read_bytes()[:-1])
+    with pytest.raises(UserError, match="in use by another process"):
+        run(digits(teacher=place), out=tmp_path / "more")
+    assert (folder / "rows.bin").stat().st_size == more
+    lock.release()
+    assert run(digits(teacher=place)).generations[1]["teacher"]["forward_images"] > 0
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 24, 200])
+def test_room_that_is_taken_at_once_is_enough(epochs: int) -> None:
+    """Rows that orders of several seeds ask for, in one view of an image or nine."""
+    for augmentation in ("none", "crop"):
+        settings = digits(epochs=epochs, data=DataConfig(name="digits", limit_train=72, augmentation=augmentation))
+        task = make_task(settings, torch.device("cpu"))
+        fill = Fill.expected(settings, task)
+        for seed in range(5):
+            loader = task.train(seed)
+            assert isinstance(loader, KeyedLoader)
+            assert task.views is not None
+            shown = [torch.stack(loader.shown(epoch, loader.steps_per_epoch)) for epoch in range(epochs)]
+            rows = len(torch.cat(shown, 1).unique(dim=1)[0])
+            assert rows <= fill.most <= rows + 4 * rows**0.5
+            teacher, _ = choose_teacher(task.network(1), settings, task, loader, ["ban"], None, bytes(8), "cache")
+            assert isinstance(teacher, CachedTeacher)
+            before = teacher.addresses()
+            for epoch in range(epochs):
+                for batch in loader.epoch(epoch):
+                    teacher.prepare([batch])
+            assert teacher.addresses() == before
+            assert teacher.known == rows
+            if epochs > 5:
+                break
 
 
 def test_a_place_that_has_a_name_stays_wherever_it_is(tmp_path: Path) -> None:

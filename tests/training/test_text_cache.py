@@ -12,8 +12,11 @@ from text_runs import STREAMS, WINDOW, text_config, write_text
 from ban_fast.config import Config, ModelConfig, TeacherConfig
 from ban_fast.data import load_corpus
 from ban_fast.training import Interrupted, run
+from ban_fast.training.adoption import teacher_settings
+from ban_fast.training.generations import never
 from ban_fast.training.jobs import make_task
 from ban_fast.training.seeds import generation_seed
+from ban_fast.training.shared import share_outputs
 from ban_fast.training.teacher_choice import choose_teacher
 
 CPU = torch.device("cpu")
@@ -40,6 +43,27 @@ def test_kept_outputs_are_the_live_ones(text: Path, tmp_path: Path) -> None:
     assert observer.said[0][1].startswith("cache: 3 epochs show the same windows: 67% fewer forward passes than live")
     assert "the same bits as live" in observer.said[0][1]
     assert not (tmp_path / "cache" / "teacher-cache").exists()
+
+
+def test_put_down_for_several_runs(text: Path, tmp_path: Path) -> None:
+    """Once, also where it is stopped between two windows; students read them, and ask nothing."""
+    students = [
+        text_config(text, name, generations=1, teacher=TeacherConfig(mode="cache")) for name in ("ban", "ban+l")
+    ]
+    run(teacher_settings(students[0]), out=tmp_path / "teacher")
+    with pytest.raises(Interrupted):
+        share_outputs(tmp_path / "teacher", students, tmp_path / "kept", StopAt(5))
+    record = share_outputs(tmp_path / "teacher", students, tmp_path / "kept", never)
+    assert record["said"].startswith("cache: 3 epochs show the same windows to 2 students, ")
+    for student in students:
+        name = student.objective.name
+        run(student, out=tmp_path / name, teacher_from=tmp_path / "teacher", outputs_from=tmp_path / "kept")
+        run(student, out=tmp_path / f"{name} alone")
+        one, alone = footprint(tmp_path / name), footprint(tmp_path / f"{name} alone")
+        assert but_for_teachers(one) == but_for_teachers(alone)
+        teachers = [found["results"]["generations"][1]["teacher"] for found in (one, alone)]
+        assert (teachers[0]["mode"], teachers[0]["forward_tokens"]) == ("cache", 0)
+        assert teachers[1]["forward_tokens"] == record["forward_tokens"] > 0
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

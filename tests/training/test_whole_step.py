@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from small_runs import STEPS, Recorder, StopAt, config, digits, footprint, network, own
+from torch.amp.grad_scaler import OptState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ban_fast.config import Config, TeacherConfig
@@ -92,6 +93,26 @@ def test_in_half_precision(tmp_path: Path, request: pytest.FixtureRequest, amp: 
     request.getfixturevalue("whole")
     run(settings, out=tmp_path / "whole", **own())
     assert but_for_steps(tmp_path / "whole") == but_for_steps(tmp_path / "served")
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_recording_that_fails_behind_the_scalers_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was made on the device, but the scaler, on the host, takes its optimizer for stepped."""
+
+    class Broken(Unrecorded):
+        def __call__(self, most: int) -> int:
+            if self._left == 1:
+                assert isinstance(self._step, whole_step.WholeStep)
+                inner = self._step._learner
+                state = inner.scaler._per_optimizer_states[id(inner.optimizer)]
+                state["stage"], state["found_inf_per_device"] = OptState.STEPPED, {CPU: torch.ones(1)}
+            return super().__call__(most)
+
+    settings = config(amp="fp16", generations=1, epochs=8)
+    run(settings, out=tmp_path / "whole", **own())
+    monkeypatch.setattr(whole_step, "Recorded", lambda *given: Broken(*given, fail_at=4))
+    run(settings, out=tmp_path / "broken", **own())
+    assert but_for_steps(tmp_path / "broken") == but_for_steps(tmp_path / "whole")
 
 
 QUESTIONS = [3, 4 * 3 + 2, *range(18, 24), *(pytest.param(q, marks=pytest.mark.slow) for q in range(24, 40))]

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autocast import autocast_dtype
+
 
 class Classifier(nn.Linear):
     """nn.Linear, but that it computes in its own precision under autocast, which would round logits.
@@ -14,7 +16,7 @@ class Classifier(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # [..., C] -> [..., classes]
         kind = input.device.type
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        if autocast_dtype(kind) is None:
             return super().forward(input)
         with torch.autocast(kind, enabled=False):
             return F.linear(input.to(self.weight.dtype), self.weight, self.bias)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ban_fast.backends import dense_dispatch as backend
 from ban_fast.backends.dense_passes import acc_dtype
 from ban_fast.backends.dense_shape import Norm, Shape
+from ban_fast.ops.autocast import autocast_dtype
 from ban_fast.ops.autograd import is_traced, refuse_forward_mode
 
 __all__ = ["Norm", "Statistics", "dense_block"]
@@ -65,11 +66,11 @@ def dense_block(
         refuse_forward_mode(tensor, "a dense block")
     if torch._C._get_tracing_state() is not None:  # it would record this call's addresses
         raise RuntimeError("a dense block can't be traced by torch.jit: use torch.export or torch.compile")
-    dtype, kind = x.dtype, x.device.type
+    dtype = x.dtype
     if dtype not in DTYPES:
         raise ValueError(f"x: a dense block takes float32, float64, bfloat16 or float16, got {dtype}")
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(x.device.type) or dtype
     acc = acc_dtype(dtype)
     x, convs = x.to(dtype), [weight.to(dtype) for weight in convs]
     norms = [norm.to(acc) for norm in norms]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ban_fast.backends.interface import Reduction
 from ban_fast.ops import checks
+from ban_fast.ops.autocast import autocast_dtype
 from ban_fast.ops.autograd import (
     Result,
     flat,
@@ -212,13 +213,6 @@ def _checkable(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if is_unversioned else tensor.detach()  # of one version with the tensor
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast, where it is on, casts the operands of a product to."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
 def _call(inputs: Inputs, row_weights: Tensor | None, need: Need, **options: Any) -> Packed:
     detached = [None if tensor is None else tensor.detach() for tensor in (*inputs, row_weights)]
     packed: Packed = torch.ops.ban_fast.linear_kd(
@@ -348,7 +342,7 @@ def fused_linear_kd(  # type: ignore[misc]  # the first overload passes its opti
         scale_t2=scale_t2,
         ignore_index=ignore_index,
         chunk_bytes=chunk_bytes,
-        autocast=_autocast_dtype(student_hidden.device.type),
+        autocast=autocast_dtype(student_hidden.device.type),
     )
     if reduction == "none":
         loss, kd, label = (value.reshape(student_hidden.shape[:-1]) for value in (loss, kd, label))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ban_fast.ops import products
+from ban_fast.ops.autocast import autocast_dtype
 from ban_fast.ops.autograd import is_traced
 from ban_fast.ops.linear_kd_chunks import layer
 
@@ -18,8 +19,7 @@ def wide_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # [...
     student that is close to its teacher differs by. There is no second derivative under autocast: a RuntimeError.
     """
     kind = hidden.device.type
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    autocast = torch.get_autocast_dtype(kind) if is_on else None
+    autocast = autocast_dtype(kind)
     if autocast is None or hidden.dtype == torch.float64:
         return F.linear(hidden, weight, bias)
     with torch.autocast(kind, enabled=False):

@@ -25,6 +25,7 @@ PROJECT = ["project_kernel", "finish_kernel"]
 GROW = ["place_kernel", "finish_kernel"]
 UNIT = [*PROJECT, "activate_kernel", *GROW]
 THROUGH = ["weight_kernel", "sum_kernel", "unproject_kernel", "settle_kernel"]
+REMAKE = ["finish_kernel", "project_kernel"]
 UNIT_BACK = ["activate_kernel", "correct_kernel", "deposit_kernel", "settle_kernel", "correct_kernel", *THROUGH]
 
 
@@ -138,17 +139,20 @@ def test_the_grid_holds_every_tile() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("exit_width", "leave"), [(10, ["project_kernel"]), (0, ["average_kernel"])])
+@pytest.mark.parametrize(("entry", "remade"), [(20, 0), (16, 1), (12, 2)])
 def test_the_launches_are_those_that_are_claimed(
-    exit_width: int, leave: list[str], monkeypatch: pytest.MonkeyPatch
+    entry: int, remade: int, exit_width: int, leave: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = cases.block(cases.Widths(entry=12, growth=4, exit=exit_width, batch=8, height=16, width=16))
+    """Of the two units backward comes to the second first, and makes again what the first ones made."""
+    given = cases.block(cases.Widths(entry=entry, growth=4, exit=exit_width, batch=8, height=16, width=16))
     with triton_aot.compiling(90, monkeypatch) as kernels:
         _, saved = dense.forward(given.x, given.convs, given.norms, group="", keep=True)
         forward = [kernel.name for kernel in kernels]
         dense.backward(given.grad, saved, given.convs, given.norms, cases.everything(given), group="")
     assert forward == [*GROW, *UNIT, *UNIT, *leave]
     back = THROUGH if exit_width else ["deposit_kernel", "settle_kernel"]
-    assert [kernel.name for kernel in kernels[len(forward) :]] == [*back, *UNIT_BACK, *UNIT_BACK, "correct_kernel"]
+    second, first = ([*(REMAKE if unit < remade else ()), *UNIT_BACK] for unit in (1, 0))
+    assert [kernel.name for kernel in kernels[len(forward) :]] == [*back, *second, *first, "correct_kernel"]
 
 
 def instructions(ptx: str, pattern: str) -> int:

@@ -30,8 +30,9 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a finished run directory")
     parser.add_argument("--data-dir", type=Path, help="where the text lies, if not where the run had it")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the record")
+    parser.add_argument("--cut", help="what the text is of a larger one, which the run can't know")
     options = parser.parse_args()
-    made = record(RunDirectory(options.run), options.data_dir)
+    made = record(RunDirectory(options.run), options.data_dir, options.cut)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / file_name(made)
     machine.write(path, json.dumps(made, indent=1) + "\n")
@@ -41,8 +42,8 @@ def main() -> int:
     return 0
 
 
-def record(run: RunDirectory, data_dir: Path | None = None) -> dict[str, Any]:
-    """Everything of a run that another machine's can be held against; no path."""
+def record(run: RunDirectory, data_dir: Path | None = None, cut: str | None = None) -> dict[str, Any]:
+    """Everything of a run that another machine's can be held against; no path. `cut`: what its text is of a larger."""
     values, results, environment = run.config(), run.results(), run.environment()
     config = Config.from_dict(values)
     corpus = load_corpus(
@@ -54,7 +55,7 @@ def record(run: RunDirectory, data_dir: Path | None = None) -> dict[str, Any]:
     values["teacher"]["cache_directory"] = None
     return {
         "kind": "language models",
-        "scaled_down": describe.scaled_down(values),
+        "scaled_down": _scaled_down(values, cut),
         "unfinished": describe.unfinished(values, results),
         "unigram": {split: unigram_perplexity(corpus, split) for split in ("valid", "test")},
         "trained_on": environment,
@@ -64,6 +65,13 @@ def record(run: RunDirectory, data_dir: Path | None = None) -> dict[str, Any]:
         "ensembles": results["ensembles"],
         "curves": {str(number): run.metrics(number) for number in run.generations()},
     }
+
+
+def _scaled_down(values: dict[str, Any], cut: str | None) -> str | None:
+    said = describe.scaled_down(values)
+    if cut is None:
+        return said
+    return f"scaled down: {cut}" if said is None else f"{said}, {cut}"
 
 
 def unigram_perplexity(corpus: Corpus, split: str) -> float:

@@ -44,13 +44,14 @@ def test_a_runs_record(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     )
     run(settings, out=folder / "run")
     arguments = ["language_models", str(folder / "run"), "--out", str(folder / "records")]
+    arguments += ["--cut", "half of a larger text"]
     monkeypatch.setattr("sys.argv", arguments)
     assert language_models.main() == 0
     (path,) = (folder / "records").iterdir()
     made = json.loads(path.read_text())
     results = RunDirectory(folder / "run").results()
     assert made["generations"] == results["generations"]
-    assert made["scaled_down"] == "scaled down: 3 steps a generation"
+    assert made["scaled_down"] == "scaled down: 3 steps a generation, half of a larger text"
     assert made["trained_on"]["shape"]["train_tokens"] == 100
     assert made["curves"]["1"][-1]["step"] == 3
     assert str(folder) not in path.read_text()

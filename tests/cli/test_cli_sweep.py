@@ -24,12 +24,12 @@ class Held(nn.Module):
     def forward(self, x):
         if "HOLD" in os.environ and self.training and any(Path().glob("*/*/generation-1/state.pt")):
             Path("held").touch()
-            threads = threading.active_count()
-            while threading.active_count() == threads:
+            while threading.active_count() > 1:
                 time.sleep(0.01)
         return self.layers(x)
 """
-"""With HOLD set, students say so and wait, when one has a checkpoint, until the thread that hears of the end is over."""
+"""With HOLD set, students say so and wait, when one has a checkpoint, as long as the thread is there that hears of the
+end: it may be over already."""
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def _same_bits(teacher: CachedTeacher, gather: Callable[[], Tensor], size: int) 
 
 def _fill_by_epochs(teacher: CachedTeacher, loader: KeyedLoader, steps: Mapping[int, int], should_stop: Stop) -> None:
     for epoch, count in steps.items():
-        if not teacher.lacks(*loader.shown(epoch, count)).any():
+        if not teacher.unknown(teacher.keys(*loader.shown(epoch, count))).any():
             continue
         batches = islice(loader.epoch(epoch), count)
         for batch in batches:

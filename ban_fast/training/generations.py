@@ -191,7 +191,7 @@ def _grow_generation(
     with ExitStack() as stack:
         loader = task.train(derived_seed(seed, "order"))
         teachers = _teachers(number, lineages, config, task, loader, home, observer, stack)
-        together = bool(config.students)
+        together = len(lineages) > 1
         learners = [lineage.learner(number, loader, teachers.get(id(lineage)), together) for lineage in lineages]
         names = ", ".join(learner.objective_name for learner in learners)
         first = min(learners, key=lambda learner: learner.step)

@@ -67,7 +67,7 @@ class Learner:
         share = (own.stop - own.start) / task.rows_per_step
         self.parallel = Parallel(network, task.ranks, share=share, sync_statistics=config.sync_statistics)
         self.reader = task.reader(self.parallel.module)
-        self.steps = choose_step(config, device, loader, teacher, together)
+        self.steps = choose_step(config, device, loader)
         self._forward_and_loss = self._eager_terms if self.steps.mode != COMPILE else compiled(self._eager_terms)
         self.plateau = Plateau(config.optimizer)
         self.meter = Meter(device, task.ranks)
@@ -90,6 +90,11 @@ class Learner:
     def turn(self) -> AbstractContextManager[None]:
         """Where this one draws from its own generators."""
         return nullcontext() if self._turns is None else self._turns.turn()
+
+    @property
+    def drew_alone(self) -> bool:
+        """Whether anything was drawn in its last turn, from generators of its own."""
+        return self._turns is not None and self._turns.drew
 
     @property
     def is_done(self) -> bool:

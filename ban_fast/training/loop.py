@@ -29,7 +29,7 @@ class Loop:
         first = learners[0]
         self._ranks = first.ranks
         self._config, self._loader, self._device, self._number = first.config, first.loader, first.device, first.number
-        self._whole = WholeSteps(first, observer) if first.steps.mode == GRAPH else None
+        self._whole = WholeSteps(learners, observer) if first.steps.mode == GRAPH else None
         self._saved_at = time.perf_counter()
         self._clock = self._saved_at
 
@@ -70,15 +70,18 @@ class Loop:
         self, epoch: int, first: int, last: int, learners: list[Learner], teachers: list[Teacher]
     ) -> Iterator[range]:
         """Make the steps of an epoch's batches; the numbers of those made at once, as they are made."""
-        if self._whole is not None:
-            for made in self._whole.epoch(epoch, first, last):
-                self._check(learners[0], len(made))
-                yield made
-            return
-        batches = islice(self._loader.epoch(epoch, first), last - first)
+        served = last
+        if self._whole is not None and len(learners) == len(self._learners):
+            served = max(learner.batch for learner in learners)  # until all are where the first of them is
+        batches = islice(self._loader.epoch(epoch, first), served - first)
         for number, batch in enumerate(self._prepared(batches, first, teachers), start=first):
             self._step(batch, [learner for learner in learners if learner.batch == number])
             yield range(number, number + 1)
+        if self._whole is not None and served < last:
+            for made in self._whole.epoch(epoch, served, last):
+                for learner in learners:
+                    self._check(learner, len(made))
+                yield made
 
     def _prepared(self, batches: Iterator[Batch], first: int, teachers: list[Teacher]) -> Iterator[Batch]:
         """The same batches, each group of them shown to the teachers before.

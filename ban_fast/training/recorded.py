@@ -27,11 +27,17 @@ class Recorded:
 
     How many make a replay is measured on steps of the training itself, so that none is made in vain; whatever it comes
     to, the steps are the same. `addresses` says where a step reads what may move: one that would read elsewhere is
-    recorded anew.
+    recorded anew. `obstacle`, asked when steps were made as they are, says why one can't be recorded, if so.
     """
 
-    def __init__(self, step: Callable[[], None], addresses: Callable[[], Sequence[int]], device: torch.device) -> None:
-        self._step, self._addresses, self._device = step, addresses, device
+    def __init__(
+        self,
+        step: Callable[[], None],
+        addresses: Callable[[], Sequence[int]],
+        device: torch.device,
+        obstacle: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._step, self._addresses, self._device, self._obstacle = step, addresses, device, obstacle
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._warm_ups = WARM_UPS
         self._draws_on_host = False
@@ -91,6 +97,8 @@ class Recorded:
     def _record(self, size: int) -> torch.cuda.CUDAGraph:
         if self._draws_on_host:
             raise NotRecorded("the network draws random numbers on the host, and a replay would repeat them")
+        if (obstacle := self._obstacle()) is not None:
+            raise NotRecorded(obstacle)
         graph = torch.cuda.CUDAGraph()
         try:
             # Where the end of a recording fails, torch leaves its stream the current one. Graphs of several sizes share

@@ -85,16 +85,26 @@ class Turns:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._state = self._now()
+        self.drew = False
+        """Whether anything was drawn, or seeded, in the last turn."""
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Inside, the generators go on where the last turn left them; outside, they are as found."""
+        """Inside, the generators go on where the last turn left them; outside, they are as found.
+
+        While steps are recorded they stay as they are: a GPU's can't be changed then, and what draws is not recorded.
+        """
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            yield
+            return
         found = self._now()
         self._put(self._state)
         try:
             yield
         finally:
-            self._state = self._now()
+            state = self._now()
+            self.drew = not _are_equal(state, self._state)
+            self._state = state
             self._put(found)
 
     def _now(self) -> tuple[Any, ...]:
@@ -108,3 +118,14 @@ class Turns:
             torch.cuda.set_rng_state(cuda, self._device)
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def _are_equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two of a turn's states are the same: nothing was drawn between them."""
+    (*tensors, python, numpy), (*others, other_python, other_numpy) = one, other
+    return (
+        all(a is b or torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+        and python == other_python
+        and np.array_equal(numpy[1], other_numpy[1])
+        and (numpy[0], *numpy[2:]) == (other_numpy[0], *other_numpy[2:])
+    )

@@ -7,7 +7,6 @@ import torch
 from ..config import Config
 from ..data import Loader, MemoryLoader, TensorLoader, TextLoader
 from ..errors import OptionError
-from .teacher import Teacher
 
 EAGER, COMPILE, GRAPH = "eager", "compile", "graph"
 
@@ -44,33 +43,27 @@ def replays_sentence(seconds: dict[int, float]) -> str:
 
 def check_step(config: Config, device: torch.device, loader: Loader) -> None:
     """OptionError, before anything is trained or written, where the steps that `config` asks for can't be."""
-    if config.steps == GRAPH and (problem := _problem(config, device, loader, bool(config.students))):
+    if config.steps == GRAPH and (problem := _problem(device, loader)):
         others = "auto or eager" if isinstance(loader, TextLoader) else "auto, eager or compile"
         raise OptionError("step", f"{problem}; use {others}")
 
 
-def choose_step(
-    config: Config, device: torch.device, loader: Loader, teacher: Teacher | None, together: bool = False
-) -> StepChoice:
-    """What a generation's steps are; `together`: of several students side by side."""
+def choose_step(config: Config, device: torch.device, loader: Loader) -> StepChoice:
+    """What a generation's steps are."""
     if config.steps in (EAGER, COMPILE):
         return StepChoice(config.steps, "asked for")
-    problem = _problem(config, device, loader, together)
-    if problem is None and teacher is not None and teacher.addresses() is None:
-        problem = "the teacher's rows are not in the device's memory"
+    problem = _problem(device, loader)
     if problem is not None:
         return StepChoice(EAGER, problem)
     return StepChoice(GRAPH, "asked for" if config.steps == GRAPH else "all parts of a step are on the device")
 
 
-def _problem(config: Config, device: torch.device, loader: Loader, together: bool) -> str | None:
+def _problem(device: torch.device, loader: Loader) -> str | None:
     """Why a step can't be recorded, if so."""
     if device.type != "cuda":
         return "a CUDA graph needs a GPU, and this run is on the CPU"
     if isinstance(loader, TextLoader):
         return "the state that a text carries from step to step is not recorded"
-    if together:
-        return "students side by side draw from generators of their own, and a CUDA graph has one"
     if not isinstance(loader, (MemoryLoader, TensorLoader)):
         return "a CUDA graph gathers images from the device's memory, and this loader's come from elsewhere"
     if loader.shard.of > 1:

@@ -41,11 +41,12 @@ class Teacher(Protocol):
         ...
 
     def lacks(self, sample_ids: Tensor, views: Tensor) -> Tensor:  # [n], [n] -> bool [n]
-        """Which of these it would learn from seeing."""
+        """Which of these it is to be prepared for before it is called for them: it does not know them yet, or keeps
+        them elsewhere."""
         ...
 
-    def addresses(self) -> Sequence[int] | None:
-        """Where a call reads what may move later; None where a call waits for the host."""
+    def addresses(self) -> Sequence[int]:
+        """Where a call reads what may move later."""
         ...
 
     def __call__(self, batch: Batch) -> Taught:

@@ -19,6 +19,7 @@ from ..errors import UserError
 from .cache_store import FileRows, MemoryRows
 from .distributed import ALONE, Ranks
 from .reader import Reader
+from .staged_rows import StagedRows
 from .teacher import Frozen, Taught, check_fingerprint, dtype_name
 
 _MOST_AHEAD = 16
@@ -64,8 +65,8 @@ class CachedTeacher(Frozen):
 
         `only_confidence`: rows of one number, the largest softmax output, which is all that CWTM needs;
         `with_confidence`: rows of logits, and that number of each, from the logits before they were rounded.
-        `on_device`: whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, a
-        batch's are copied.
+        `on_device`: whether a copy of rows that lie elsewhere is kept in the device's memory; where it is not, those
+        of some batches at a time are brought there.
         `expected`: so many rows, all told, that room for them in memory is taken at once.
         `is_own`: whether files are for this teacher's students alone.
         Of several `ranks`, only rank 0 has `rows` that may be there already: the others `share` them.
@@ -80,9 +81,13 @@ class CachedTeacher(Frozen):
         self._copy: MemoryRows | None = None
         self._forwards_before = 0  # whose rows were lost since
         table = rows.table
-        self._dtype = table.dtype
-        if on_device and table.device.type != device.type:
-            self._copy = MemoryRows(table.shape[1], table.dtype, device)
+        self._dtype, self._row_bytes = table.dtype, table.shape[1] * table.itemsize
+        self._staged: StagedRows | None = None
+        if _is_elsewhere(table, device):
+            if on_device:
+                self._copy = MemoryRows(table.shape[1], table.dtype, device)
+            else:
+                self._staged = StagedRows(len(self._slots), table.shape[1], table.dtype, device, with_confidence)
         self._confidence = MemoryRows(1, torch.float32, device) if with_confidence else None
         for kept in (rows, self._copy, self._confidence):
             if isinstance(kept, MemoryRows):
@@ -122,12 +127,17 @@ class CachedTeacher(Frozen):
         """Rows are known by their keys, whatever came before."""
 
     def ahead(self, batch: Batch) -> int:
-        """As many as 64 MiB hold, at most 16; as many on every rank, though some may have an image less."""
-        size = max(self._batch_size * batch.images[0].numel() * batch.images.element_size(), 1)
+        """As many as 64 MiB hold, with their rows, at most 16; as many on every rank, though some may have an image
+        less."""
+        image = batch.images[0].numel() * batch.images.element_size()
+        size = max(self._batch_size * (image + self._row_bytes), 1)
         return min(max(_BYTES_AHEAD // size, 1), _MOST_AHEAD)
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Compute what is not known of them. On a GPU this waits for it, once in all these batches."""
+        """Compute what is not known of them, and bring their rows to the device, if they lie elsewhere.
+
+        On a GPU this waits for it, once or twice in all these batches.
+        """
         assert all(len(batch.images) <= self._batch_size for batch in batches)
         keys = torch.cat([self.keys(batch.sample_ids, batch.views) for batch in batches])
         places = self.unknown(keys).nonzero()[:, 0]
@@ -137,6 +147,14 @@ class CachedTeacher(Frozen):
                 self._append(some, self._batch_size)
         else:
             self._exchange(list(computed))
+        self._stage(keys, self.ahead(batches[0]))
+
+    def _stage(self, keys: Tensor, batches: int) -> None:  # [n]
+        """Have the rows under `keys`, of at most so many batches, on the device, where the table isn't."""
+        if self._staged is not None:
+            confidence = None if self._confidence is None else self._confidence.room
+            room = max(batches * self._batch_size, len(keys))
+            self._staged.bring(keys, self._slots[keys].long(), self._rows.table, confidence, room)
 
     def _computed(self, batches: Sequence[Batch], places: Tensor, wanted: Tensor) -> Iterator[Computed]:
         """Of the images at `places` [n], counted through the batches, whose keys are `wanted` [n]."""
@@ -190,7 +208,9 @@ class CachedTeacher(Frozen):
         )
 
     def lacks(self, sample_ids: Tensor, views: Tensor) -> Tensor:
-        """Whose rows are not known."""
+        """Whose rows are not known, or not on the device for more than some batches."""
+        if self._staged is not None:
+            return torch.ones_like(sample_ids, dtype=torch.bool)
         return self.unknown(self.keys(sample_ids, views))
 
     def keys(self, sample_ids: Tensor, views: Tensor) -> Tensor:  # [n], [n] -> [n]
@@ -201,28 +221,27 @@ class CachedTeacher(Frozen):
         """Which of these have no row yet."""
         return self._slots[keys] == UNKNOWN
 
-    def addresses(self) -> Sequence[int] | None:
-        """Where tables lie that grow, and their size; None where a batch's rows have to be copied to the device."""
-        table = self._table()
-        if table.device.type != self.device.type:
-            return None
-        return table.data_ptr(), len(table), 0 if self._confidence is None else self._confidence.room.data_ptr()
+    def addresses(self) -> Sequence[int]:
+        """Where tables lie that grow, and their size."""
+        _, table, confidence = self._here()
+        return table.data_ptr(), len(table), 0 if confidence is None else confidence.data_ptr()
 
-    def _table(self) -> Tensor:
-        """With room for rows to come, where it is in memory: it stays where it is until that is full."""
+    def _here(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """On the device: where each key's row is, int32; rows [room, width], and confidences [room, 1], if they are
+        kept beside. What is in memory has room for rows to come, and stays where it is until that is full."""
+        if self._staged is not None:
+            return self._staged.places, self._staged.rows, self._staged.confidence
         rows = self._rows if self._copy is None else self._copy
-        return rows.room if isinstance(rows, MemoryRows) else rows.table
+        table = rows.room if isinstance(rows, MemoryRows) else rows.table
+        return self._slots, table, None if self._confidence is None else self._confidence.room
 
     def __call__(self, batch: Batch) -> Taught:
         """Its rows, where they lie."""
-        slots = self._slots[self.keys(batch.sample_ids, batch.views)].long()
-        table = self._table()
-        confidence = None if self._confidence is None else self._confidence.room[:, 0]
-        rows: Tensor | None = slots
-        if table.device.type != self.device.type:
-            table, rows = table[slots.cpu()].to(self.device, non_blocking=True), None
-            confidence = None if confidence is None else confidence[slots]
-        return Taught(None, rows, table[:, 0]) if self._only_confidence else Taught(table, rows, confidence)
+        places, table, confidence = self._here()
+        rows = places[self.keys(batch.sample_ids, batch.views)].long()
+        if self._only_confidence:
+            return Taught(None, rows, table[:, 0])
+        return Taught(table, rows, None if confidence is None else confidence[:, 0])
 
     def record(self, rows: int, unit: str = "images", objective: str = "") -> dict[str, Any]:
         """How many images the teacher saw, for all students that share it in this run."""
@@ -299,6 +318,11 @@ class CachedTeacher(Frozen):
 
     def _place(self, keys: Tensor, first: int) -> None:
         self._slots[keys] = torch.arange(first, first + len(keys), dtype=torch.int32, device=self.device)
+
+
+def _is_elsewhere(table: Tensor, device: torch.device) -> bool:
+    """Whether kernels on the device can't read a table where it lies."""
+    return table.device.type != device.type
 
 
 def _confidence(logits: Tensor) -> Tensor:  # [n, C] -> [n, 1]

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
+
 from ..data import Batch
 from .teacher import Taught
 from .teacher_cache import UNKNOWN, CachedTeacher
@@ -22,18 +24,32 @@ class CachedTextTeacher(CachedTeacher):
         super().__init__(*arguments, **options)
         self._windows = windows
         self._at: int | None = None  # the window that the network's state stands before
+        self._is_ready = False  # for the windows that it was prepared for
+
+    @property
+    def _knows_all(self) -> bool:
+        return self._rows.count == len(self._slots)
 
     def ahead(self, batch: Batch) -> int:
-        """One window at a time."""
-        return 1
+        """One window at a time, until all have been read."""
+        return super().ahead(batch) if self._knows_all else 1
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Another student's batches may be among them: those that are asked for tell where the text has come to."""
+        """Bring rows to the device, if they lie elsewhere, once all are known.
+
+        None is computed: another student's batches may be among these, and those that are asked for tell where the text
+        has come to.
+        """
+        self._is_ready = self._knows_all
+        if self._is_ready:
+            self._stage(torch.cat([self.keys(batch.sample_ids, batch.views) for batch in batches]), len(batches))
 
     def __call__(self, batch: Batch) -> Taught:
         """Its rows, where they lie; those of a window that no epoch has shown yet are computed first."""
-        if self._rows.count < len(self._slots):
-            self._follow(batch)
+        if not self._is_ready:
+            if not self._knows_all:
+                self._follow(batch)
+            self._stage(self.keys(batch.sample_ids, batch.views), 1)
         return super().__call__(batch)
 
     def _follow(self, batch: Batch) -> None:

@@ -1,6 +1,5 @@
 """Steps recorded and replayed, one or several at once: the quickest is chosen, and the run is the same with any."""
 
-import copy
 import math
 import random
 from collections.abc import Callable
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from emulated_graphs import Emulated
-from small_runs import Recorder, StopAt, config, digits, footprint, own
+from small_runs import Recorder, StopAt, but_for_steps, config, digits, own
 
 from ban_fast.config import Config, TeacherConfig
-from ban_fast.training import Interrupted, learner, recorded, run, whole_step
+from ban_fast.training import Interrupted, recorded, run
 from ban_fast.training.metrics import Meter
 from ban_fast.training.recorded import NotRecorded, Recorded
-from ban_fast.training.step_choice import StepChoice, replays_sentence
+from ban_fast.training.step_choice import replays_sentence
 
 GPU = torch.device("cuda")
 ENDLESS = 10**6
@@ -176,34 +175,6 @@ SETTINGS: dict[str, Callable[[], tuple[Config, dict[str, Any]]]] = {
     "fp16, whose scaler skips steps": lambda: (config("ban", epochs=EPOCHS, amp="fp16"), own()),
     "a last epoch cut short": lambda: (config("ban", epochs=EPOCHS, max_steps=4 * EPOCHS - 1), own()),
 }
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Emulated]:
-    """Every generation is trained by replays, of 1, 2 or 4 steps of the epochs' 4; the one named is the quickest."""
-    # Tables that move while a run goes on, and a teacher that sees two batches at a time: of batches served too.
-    monkeypatch.setattr("ban_fast.training.cache_store._FIRST_CAPACITY", 16)
-    monkeypatch.setattr("ban_fast.training.cache_worth.Fill.most", 0)
-    monkeypatch.setattr("ban_fast.training.teacher_cache._MOST_AHEAD", 2)
-
-    def install(best: int) -> Emulated:
-        device = Emulated({best: 0.5})
-        device.install(monkeypatch)
-        real = whole_step.WholeStep.__call__
-        monkeypatch.setattr(whole_step.WholeStep, "__call__", lambda step: device.make(lambda: real(step)))
-        monkeypatch.setattr(learner, "choose_step", lambda *_: StepChoice("graph", "for this test"))
-        for name, value in {"WARM_UPS": 2, "SIZES": (1, 2, 4), "WINDOW": 4, "TRIES": 1}.items():
-            monkeypatch.setattr(recorded, name, value)
-        return device
-
-    return install
-
-
-def but_for_steps(path: Path) -> dict[str, Any]:
-    found = copy.deepcopy(footprint(path))
-    for record in found["results"]["generations"]:
-        del record["step"]
-    return found
 
 
 QUICK = [*((name, 4) for name in SETTINGS), ("DKPP, cached", 2)]

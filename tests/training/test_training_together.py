@@ -3,11 +3,13 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulated_graphs import Emulated
 from small_runs import (
     BATCH,
     EPOCHS,
@@ -15,6 +17,7 @@ from small_runs import (
     STEPS,
     Recorder,
     StopAt,
+    but_for_steps,
     but_for_teachers,
     config,
     footprint,
@@ -25,9 +28,9 @@ from small_runs import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ban_fast.config import Config, TeacherConfig
+from ban_fast.config import Config, OptimizerConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError
-from ban_fast.training import Interrupted, evaluate_run, run, run_together
+from ban_fast.training import Interrupted, evaluate_run, learner, run, run_together
 
 FOLDERS = {"ban": "ban", "ban+l": "ban_l", "cwtm": "cwtm", "dkpp": "dkpp", "label": "label"}
 THREE = ("ban", "cwtm", "label")
@@ -267,3 +270,86 @@ def test_a_student_that_diverges_is_named() -> None:
         UserError, match="the loss is not finite in generation 1 of ban, epoch 1, at step 1: lower --lr"
     ):
         run_together(settings, observer=Fragile(), **own(train=(x, y)))
+
+
+# Recorded steps
+
+
+def plain() -> nn.Module:
+    """The small network without dropout: it draws nothing in training."""
+    layers = list(network().children())
+    return nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.Dropout)))
+
+
+RECORDED = {
+    "live": (("ban", "ban+l", "cwtm", "dkpp", "label"), {"teacher": TeacherConfig(mode="live"), "generations": 1}),
+    "kept, two generations": (("ban", "cwtm", "dkpp"), {"teacher": TeacherConfig(mode="cache")}),
+    "fp16, whose scalers skip steps": (("ban", "ban+l"), {"amp": "fp16", "generations": 1}),
+    "a plateau for each": (
+        ("ban", "label"),
+        {"optimizer": OptimizerConfig(lr=0.05, schedule="plateau", lr_decay=0.5), "generations": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_together(tmp_path: Path, graphs: Callable[[int], Emulated], name: str) -> None:
+    """One graph has a step of all students: what batches served make of them, and one teacher's answer for all."""
+    students, changes = RECORDED[name]
+    settings = family(students, epochs=8, **changes)
+    data = own(model=plain, validation=samples(20, 2))
+    run_together(settings, out=tmp_path / "served", **data)
+    device, observer = graphs(4), Recorder()
+    results = run_together(settings, out=tmp_path / "replayed", observer=observer, **data)
+    for folder in (FOLDERS[student] for student in students):
+        assert but_for_steps(tmp_path / "replayed" / folder) == but_for_steps(tmp_path / "served" / folder)
+    assert device.replays.count(4) * 4 >= 12 * (settings.generations + 1)
+    for each in results.values():
+        steps = [record["step"] for record in each.generations]
+        assert steps == [{"mode": "graph", "reason": "for this test", "a_replay": 4}] * (settings.generations + 1)
+    assert len([text for text in observer.messages if text.startswith("steps: 4 a replay")]) == settings.generations + 1
+
+
+def test_students_who_draw_are_not_recorded_together(tmp_path: Path, graphs: Callable[[int], Emulated]) -> None:
+    """Dropout has its own generator for each; the teacher, alone in its generation, is recorded."""
+    settings = family(("ban", "dkpp"), generations=1)
+    run_together(settings, out=tmp_path / "served", **own())
+    device, observer = graphs(1), Recorder()
+    results = run_together(settings, out=tmp_path / "tried", observer=observer, **own())
+    for folder in ("ban", "dkpp"):
+        assert but_for_steps(tmp_path / "tried" / folder) == but_for_steps(tmp_path / "served" / folder)
+    reason = (
+        "a step can't be recorded as a CUDA graph: students side by side draw from generators of their own, "
+        "and a CUDA graph has one"
+    )
+    for each in results.values():
+        assert [record["step"]["mode"] for record in each.generations] == ["graph", "eager"]
+        assert each.generations[1]["step"]["reason"] == reason
+    assert [text for text in observer.messages if reason in text]
+    assert device.replays
+
+
+@pytest.mark.parametrize("question", [29, 44, *(pytest.param(q, marks=pytest.mark.slow) for q in range(24, 60, 5))])
+def test_recorded_together_and_interrupted(
+    tmp_path: Path, graphs: Callable[[int], Emulated], monkeypatch: pytest.MonkeyPatch, question: int
+) -> None:
+    """Also where a kill came between two of their checkpoints: who is behind catches up, batch by batch."""
+    students, changes = RECORDED["kept, two generations"]
+    settings = family(students, epochs=5, **changes)
+    data = own(model=plain)
+    run_together(settings, out=tmp_path / "a", **data)
+    graphs(2)
+    real, saved = learner.Learner.save, []
+
+    def save(self: learner.Learner) -> None:
+        saved.append(self)
+        if len(saved) % 3 or self.batch == 0 or self.step < 5:  # the third's is lost, in the midst of an epoch
+            real(self)
+
+    monkeypatch.setattr(learner.Learner, "save", save)
+    with pytest.raises(Interrupted):
+        run_together(settings, out=tmp_path / "b", should_stop=StopAt(question), **data)
+    monkeypatch.setattr(learner.Learner, "save", real)
+    run_together(settings, out=tmp_path / "b", resume=True, **data)
+    for folder in (FOLDERS[student] for student in students):
+        assert but_for_steps(tmp_path / "b" / folder) == but_for_steps(tmp_path / "a" / folder)

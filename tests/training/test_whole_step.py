@@ -1,6 +1,5 @@
 """A whole step on static buffers gives the bits of batches served one by one, waits for nothing, says what it is."""
 
-import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from small_runs import STEPS, Recorder, StopAt, config, digits, footprint, network, own
+from small_runs import STEPS, Recorder, StopAt, but_for_steps, config, digits, footprint, network, own
 from torch.amp.grad_scaler import OptState
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +16,6 @@ from ban_fast.config import Config, TeacherConfig
 from ban_fast.data import KeyedLoader, MemoryLoader, TensorLoader, TextLoader
 from ban_fast.errors import OptionError
 from ban_fast.training import Interrupted, learner, run, step_choice, whole_step
-from ban_fast.training.learner import Learner
 from ban_fast.training.step_choice import StepChoice, check_step, choose_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -31,7 +29,12 @@ class Unrecorded:
     seconds: ClassVar[dict[int, float]] = {}
 
     def __init__(
-        self, step: Callable[[], None], addresses: Callable[[], Sequence[int]], device: torch.device, fail_at: int = -1
+        self,
+        step: Callable[[], None],
+        addresses: Callable[[], Sequence[int]],
+        device: torch.device,
+        obstacle: Callable[[], str | None],
+        fail_at: int = -1,
     ) -> None:
         self._step, self._addresses, self._left = step, addresses, fail_at
 
@@ -50,14 +53,6 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every generation is trained by whole steps."""
     monkeypatch.setattr(whole_step, "Recorded", Unrecorded)
     monkeypatch.setattr(learner, "choose_step", lambda *_: StepChoice("graph", "for this test"))
-
-
-def but_for_steps(path: Path) -> dict[str, Any]:
-    """A footprint less what it says of how steps were made."""
-    found = copy.deepcopy(footprint(path))
-    for record in found["results"]["generations"]:
-        del record["step"]
-    return found
 
 
 SETTINGS: dict[str, Callable[[], tuple[Config, dict[str, Any]]]] = {
@@ -103,7 +98,7 @@ def test_a_recording_that_fails_behind_the_scalers_step(tmp_path: Path, monkeypa
         def __call__(self, most: int) -> int:
             if self._left == 1:
                 assert isinstance(self._step, whole_step.WholeStep)
-                inner = self._step._learner
+                (inner,) = self._step._learners
                 state = inner.scaler._per_optimizer_states[id(inner.optimizer)]
                 state["stage"], state["found_inf_per_device"] = OptState.STEPPED, {CPU: torch.ones(1)}
             return super().__call__(most)
@@ -170,7 +165,7 @@ def test_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, name: str, am
     real = whole_step.WholeStep.__call__
 
     def call(step: whole_step.WholeStep) -> None:
-        mine: Learner = step._learner
+        (mine,) = step._learners
         counters = (mine.step, mine.batch, mine.images, mine.meter.images)
         on_device = int(mine.step_on_device)
         with Watch() as watch:
@@ -237,7 +232,6 @@ def memory_loader() -> Any:
     ("changes", "device", "loader", "reason"),
     [
         ({}, CPU, memory_loader(), "needs a GPU"),
-        ({"students": ("ban", "cwtm")}, GPU, memory_loader(), "students side by side"),
         ({}, GPU, Elsewhere(), "gathers images from the device's memory"),
         ({}, CPU, text_loader(), "needs a GPU"),
         ({"students": ("ban", "cwtm")}, GPU, text_loader(), "the state that a text carries from step to step"),
@@ -245,7 +239,7 @@ def memory_loader() -> Any:
 )
 def test_auto_says_why_not_and_graph_refuses(changes: Any, device: torch.device, loader: Any, reason: str) -> None:
     settings = config(**changes)
-    choice = choose_step(settings, device, loader, None, together=bool(settings.students))
+    choice = choose_step(settings, device, loader)
     assert choice.mode == "eager"
     assert reason in choice.reason
     check_step(settings, device, loader)
@@ -256,18 +250,12 @@ def test_auto_says_why_not_and_graph_refuses(changes: Any, device: torch.device,
 
 
 def test_graph_where_all_is_on_the_device() -> None:
-    assert choose_step(config(), GPU, memory_loader(), None).mode == "graph"
-    assert choose_step(config(step="graph"), GPU, memory_loader(), None) == StepChoice("graph", "asked for")
-    assert choose_step(config(step="eager"), GPU, memory_loader(), None) == StepChoice("eager", "asked for")
+    assert choose_step(config(), GPU, memory_loader()).mode == "graph"
+    assert choose_step(config(students=("ban", "cwtm")), GPU, memory_loader()).mode == "graph"
+    assert choose_step(config(step="graph"), GPU, memory_loader()) == StepChoice("graph", "asked for")
+    assert choose_step(config(step="eager"), GPU, memory_loader()) == StepChoice("eager", "asked for")
     for settings in (config(step="compile"), config(compile=True), config(compile=True, step="compile")):
-        assert choose_step(settings, GPU, memory_loader(), None) == StepChoice("compile", "asked for")
-
-    class OnTheHost:
-        def addresses(self) -> None:
-            return None
-
-    choice = choose_step(config(), GPU, memory_loader(), OnTheHost())  # type: ignore[arg-type]
-    assert choice == StepChoice("eager", "the teacher's rows are not in the device's memory")
+        assert choose_step(settings, GPU, memory_loader()) == StepChoice("compile", "asked for")
 
 
 def test_what_is_said_of_the_choice() -> None:
@@ -277,8 +265,8 @@ def test_what_is_said_of_the_choice() -> None:
     assert StepChoice("graph", "asked for").sentence(config(step="graph"), GPU) is None
     chosen = StepChoice("graph", "all parts of a step are on the device")
     assert chosen.sentence(config(), GPU) == "steps: graph, as all parts of a step are on the device"
-    rows = StepChoice("eager", "the teacher's rows are not in the device's memory")
-    assert rows.sentence(config(step="graph"), GPU) == f"steps: eager, as {rows.reason}"
+    draws = StepChoice("eager", "a step can't be recorded as a CUDA graph: no")
+    assert draws.sentence(config(step="graph"), GPU) == f"steps: eager, as {draws.reason}"
 
 
 @pytest.mark.usefixtures("whole")

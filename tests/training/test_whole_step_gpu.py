@@ -1,17 +1,27 @@
 """What only a GPU can show of steps recorded as CUDA graphs: eager bits, no waits, rows that move. `pytest -m gpu`."""
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import Recorder, StopAt, config, digits, footprint, network, own
+from small_runs import (
+    Heard,
+    Recorder,
+    StopAt,
+    but_for_steps,
+    but_for_teachers,
+    config,
+    digits,
+    footprint,
+    network,
+    own,
+)
 
 from ban_fast.config import ModelConfig, TeacherConfig
 from ban_fast.errors import OptionError, UserError
-from ban_fast.training import Interrupted, recorded, run, whole_step
+from ban_fast.training import Interrupted, recorded, run, run_together, whole_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,13 +36,6 @@ def deterministic_kernels() -> Iterator[None]:
     torch.backends.cudnn.deterministic = True
     yield
     torch.backends.cudnn.deterministic = before
-
-
-def but_for_steps(path: Path) -> dict[str, Any]:
-    found = copy.deepcopy(footprint(path))
-    for record in found["results"]["generations"]:
-        del record["step"]
-    return found
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,32 @@ def test_auto_records_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         run(settings, out=tmp_path / "b", should_stop=StopAt(40), **data)
     run(settings, out=tmp_path / "b", resume=True, **data)
     assert but_for_steps(tmp_path / "b") == but_for_steps(tmp_path / "a")
+
+
+@pytest.mark.parametrize("mode", ["live", "cache"])
+def test_students_side_by_side(tmp_path: Path, mode: str) -> None:
+    """One graph has a step of all of them: the bits of each student's own recorded run."""
+    settings = {"epochs": 6, "teacher": TeacherConfig(mode=mode), "step": "graph", "device": "cuda"}
+    run_together(digits(students=("ban", "cwtm", "dkpp"), **settings), out=tmp_path / "all")
+    for name in ("ban", "cwtm", "dkpp"):
+        run(digits(name, **settings), out=tmp_path / name)
+        one, other = (but_for_teachers(footprint(path)) for path in (tmp_path / "all" / name, tmp_path / name))
+        for record in (*one["results"]["generations"], *other["results"]["generations"]):
+            assert record.pop("step")["mode"] == "graph"
+        assert one == other
+
+
+@pytest.mark.parametrize("objective", ["ban", "cwtm"])
+def test_rows_too_large_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    """Brought some batches at a time, and read in place by recorded steps: the bits of a table that fits."""
+    teacher = TeacherConfig(mode="cache", cache_dtype="bf16")
+    for name in ("fits", "large"):
+        settings = digits(objective, epochs=12, teacher=teacher, step="graph", device="cuda")
+        observer = Heard()
+        run(settings, out=tmp_path / name, observer=observer)
+        assert ("too large for the device's memory" in observer.said[0][1]) is (name == "large")
+        monkeypatch.setattr("ban_fast.training.teacher_choice.SHARE", 0)
+    assert but_for_steps(tmp_path / "large") == but_for_steps(tmp_path / "fits")
 
 
 def test_rows_that_move_are_recorded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +160,11 @@ def choosing(best: int) -> Callable[[recorded.Trial, int], bool]:
     return made
 
 
-def test_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["live", "cache", "large cache"])
+def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Where it is made as it is, to warm up, and where it is replayed."""
+    if place == "large cache":
+        monkeypatch.setattr("ban_fast.training.teacher_choice.SHARE", 0)
     real = whole_step.Recorded.__call__
 
     def call(self: whole_step.Recorded, most: int) -> int:
@@ -145,7 +177,8 @@ def test_a_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(whole_step.Recorded, "__call__", call)
-    run(digits("dkpp", epochs=3, teacher=TeacherConfig(mode="live"), step="graph", device="cuda"))
+    teacher = TeacherConfig(mode=place.split()[-1])
+    run(digits("dkpp", epochs=3, teacher=teacher, step="graph", device="cuda"), out=tmp_path / "run")
 
 
 def test_a_broken_loss_ends_the_run() -> None:

@@ -5,11 +5,13 @@ Written against torch's documentation: no GPU has run it yet.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ban_fast.training.recorded import recover
 from benchmarks.cases import Case
 from benchmarks.harness import Lap, calls_for
 
@@ -76,8 +78,7 @@ def graph_lap(call: Callable[[], object], sets: int) -> tuple[Lap, int]:
     """Calls captured in one graph, so that every set has its turn, timed by events around its replay; and how many."""
     calls = sets * math.ceil(GRAPHED_CALLS / sets)
     _on_side_stream(call, 3)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording() as graph:
         for _ in range(calls):
             call()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -90,6 +91,19 @@ def graph_lap(call: Callable[[], object], sets: int) -> tuple[Lap, int]:
         return float(begin.elapsed_time(end)) * 1e-3 / calls
 
     return lap, calls
+
+
+@contextmanager
+def recording() -> Iterator[torch.cuda.CUDAGraph]:
+    """A graph of what is done inside, on a stream of its own; where that can't be recorded, all is as before."""
+    graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield graph
+    except RuntimeError:
+        recover(current.device, pool, stream)
+        raise
 
 
 def synchronized(call: Callable[[], object], times: int = 1) -> Callable[[], None]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ban_fast import models
-from benchmarks import machine, targets
+from benchmarks import cuda, machine, targets
 from benchmarks.densenet_figures import (
     AUTOTUNED,
     CHANNELS_LAST,
@@ -46,8 +46,10 @@ PROVIDERS = (PLAIN, CHANNELS_LAST, "compile", CHECKPOINT, SHARED, "torchvision m
 ON_GPUS = (AUTOTUNED, *(provider + GRAPHED for provider in (CHANNELS_LAST, SHARED)))
 """A GPU's beside these: what a training loop reaches that leaves no work to the host. No GPU has run them yet."""
 # Off plain's gradient of all parameters, in the 2-norm: fp32 rounded otherwise through a hundred layers, whose ReLUs
-# flip (7.6e-3 between plain and itself in channels_last), or bf16's 8 bits (0.29 between those two, 0.37 to fp32).
-LIMITS = {False: 2e-2, True: 0.4}
+# flip (7.6e-3 between plain and itself in channels_last), or bf16's 8 bits: on the CPU 0.29 between those two at
+# 100-12, 0.37 at 80-80, and up to 0.43 between plain and fp32, which what rounds less is closer to. A gradient that has
+# nothing to do with plain's is 1.4 off it.
+LIMITS = {False: 2e-2, True: 0.6}
 
 
 def cases(device: str) -> list[Case]:
@@ -118,8 +120,7 @@ class Step:
                 self.lap()
         torch.cuda.current_stream().wait_stream(stream)
         self.network.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with cuda.recording() as graph:
             self.forward().backward()
         self.graph = graph
 

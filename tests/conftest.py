@@ -8,6 +8,8 @@ import pytest
 
 # torch's OpenMP threads spin while they wait, and starve the processes that tests start on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# On a GPU, cuBLAS's products are refused without it where a test asks for deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Where one of these is set, as some CI systems do, help and tables are coloured though they go to no terminal.
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

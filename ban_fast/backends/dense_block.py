@@ -44,22 +44,22 @@ def forward(
     entry = features[..., : shape.entry]
     entry.copy_(x.permute(0, 2, 3, 1))
     if batch:
-        moments = shape.parts(shape.entry)
-        for images, part in zip(shape.chunks, moments, strict=True):
+        chunks = shape.chunks(shape.entry)
+        moments = shape.parts(chunks, shape.entry)
+        for images, part in zip(chunks, moments, strict=True):
             passes.moments(rows(entry[images]), part)
-        total = finish(moments, shape.rows, group, statistics[:, : shape.entry])
+        total = finish(moments, shape.rows(chunks), group, statistics[:, : shape.entry])
     for unit in range(shape.units):
         width, grown = shape.read_by(unit), shape.grown_by(unit)
         reduce, grow = norms[2 * unit : 2 * unit + 2]
-        between = shape.maps(shape.bottleneck)
         affine = Affine.of(reduce, statistics[:, :width])
-        parts = _convolve(shape, features[..., :width], affine, convs[2 * unit], between, grow.mean is None)
+        between, parts = _convolve(shape, features[..., :width], affine, convs[2 * unit], grow.mean is None)
         if parts is not None:
-            total = finish(parts, shape.rows, group, hidden_statistics[unit])
+            total = finish(*parts, group, hidden_statistics[unit])
         affine = Affine.of(grow, hidden_statistics[unit])
-        parts = _convolve(shape, between, affine, convs[2 * unit + 1], features[..., grown], batch)
+        _, parts = _convolve(shape, between, affine, convs[2 * unit + 1], batch, features[..., grown])
         if parts is not None:
-            total = finish(parts, shape.rows, group, statistics[:, grown])
+            total = finish(*parts, group, statistics[:, grown])
         if keep and unit >= shape.remade:
             hidden.append(between)
     y = _leave(shape, features, Affine.of(norms[-1], statistics), convs[2 * shape.units :])
@@ -71,18 +71,26 @@ def _convolve(
     source: Tensor,  # [B, H, W, C], any pitch
     affine: Affine,
     weight: Tensor,  # [out, C, 1, 1] or [out, C, 3, 3]
-    into: Tensor,  # [B, H, W, out], any pitch
     measured: bool,
-) -> Tensor | None:
-    """into = convolution of relu(affine(source)). If `measured`, returns moments of what it made, [chunks, 2, out]."""
-    parts = shape.parts(weight.shape[0])
-    for images, part in zip(shape.chunks, parts, strict=True):
-        a = _activation(shape, source[images], affine)
-        y = convolve(a, weight)
-        into[images] = y
+    into: Tensor | None = None,  # [B, H, W, out], any pitch
+) -> tuple[Tensor, tuple[Tensor, list[int]] | None]:
+    """The convolution of relu(affine(source)), in `into` or in memory of its own.
+
+    And, if `measured`, moments of what it made in every chunk, [chunks, 2, out], and of how many pixels they are.
+    """
+    chunks, out = shape.chunks(source.shape[-1]), weight.shape[0]
+    parts = shape.parts(chunks, out)
+    for images, part in zip(chunks, parts, strict=True):
+        y = convolve(_activation(shape, source[images], affine), weight)
         if measured:
             passes.moments(rows(y), part)
-    return parts if measured else None
+        if into is None and len(chunks) == 1:
+            into = y
+        else:
+            into = shape.maps(out) if into is None else into
+            into[images] = y
+    into = shape.maps(out) if into is None else into  # of no image
+    return into, (parts, shape.rows(chunks)) if measured else None
 
 
 def _activation(shape: Shape, x: Tensor, affine: Affine) -> Tensor:  # [b, H, W, C]
@@ -93,11 +101,9 @@ def _activation(shape: Shape, x: Tensor, affine: Affine) -> Tensor:  # [b, H, W,
 
 def _leave(shape: Shape, features: Tensor, affine: Affine, convs: Sequence[Tensor]) -> Tensor:
     if convs:
-        y = shape.maps(convs[0].shape[0])
-        _convolve(shape, features, affine, convs[0], y, False)
-        return images_first(y)
+        return images_first(_convolve(shape, features, affine, convs[0], False)[0])
     y = shape.new(shape.batch, shape.channels)
-    for images in shape.chunks:
+    for images in shape.chunks(shape.channels):
         y[images] = _activation(shape, features[images], affine).mean((1, 2))
     return y
 
@@ -164,15 +170,14 @@ class _Backward:
         shape, saved, width = self.shape, self.saved, self.shape.read_by(unit)
         if unit >= shape.remade:
             return saved.hidden[unit - shape.remade]
-        between, affine = shape.maps(shape.bottleneck), Affine.of(self.norms[2 * unit], saved.statistics[:, :width])
-        _convolve(shape, saved.features[..., :width], affine, self.convs[2 * unit], between, False)
-        return between
+        affine = Affine.of(self.norms[2 * unit], saved.statistics[:, :width])
+        return _convolve(shape, saved.features[..., :width], affine, self.convs[2 * unit], False)[0]
 
     def entry(self) -> Tensor:  # [B, C0, H, W]
         """The gradient of the block's input."""
         shape = self.shape
         out, upstream = shape.maps(shape.entry), self.made(slice(0, shape.entry))
-        for images in shape.chunks:
+        for images in shape.chunks(shape.entry):
             out[images] = upstream(images)
         return images_first(out)
 
@@ -208,7 +213,7 @@ class _Backward:
         norm, wanted = self.norms[index], index < len(self.convs) and self.need.convs[index]
         affine, sums = Affine.of(norm, statistics), torch.zeros_like(terms)
         weight_grad = torch.zeros_like(self.convs[index], dtype=terms.dtype) if wanted else None
-        for images in self.shape.chunks:
+        for images in self.shape.chunks(source.shape[-1]):
             a, grad = _activation(self.shape, source[images], affine), upstream(images)
             if index < len(self.convs):
                 grad, part = convolve_backward(grad, a, self.convs[index], wanted)

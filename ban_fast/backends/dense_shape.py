@@ -98,26 +98,25 @@ class Shape:
         """
         return sum(self.read_by(unit) <= self.bottleneck for unit in range(self.units))
 
-    @cached_property
-    def chunks(self) -> list[slice]:
-        """The images, so many at a time; on a GPU all at once."""
+    def chunks(self, channels: int) -> list[slice]:
+        """The images, so many at a time that activations of so many channels fit the cache; on a GPU all at once."""
         count = 1 if self.batch else 0
         if self.device.type == "cpu":  # two images at least: torch gives oneDNN no small one alone
-            image = self.height * self.width * max(self.channels, self.bottleneck)
+            image = self.height * self.width * channels
             at_once = CHUNK_ELEMENTS * torch.get_num_threads()
             count = min(-(-self.batch * image // at_once), -(-self.batch // 2))
         bounds = [self.batch * i // count for i in range(count + 1)] if count else []
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
-    @property
-    def rows(self) -> list[int]:
+    def rows(self, chunks: Sequence[slice]) -> list[int]:
         """Pixels of every chunk."""
-        return [(images.stop - images.start) * self.height * self.width for images in self.chunks]
+        return [(images.stop - images.start) * self.height * self.width for images in chunks]
 
     @cached_property
     def room(self) -> Tensor:
         """Where the activations of one chunk are made, again and again, so that it stays in the cache."""
-        return self.new(max(self.channels, self.bottleneck) * max(self.rows, default=0))
+        widths = {self.bottleneck, *(self.read_by(unit) for unit in range(self.units + 1))}
+        return self.new(max(width * max(self.rows(self.chunks(width)), default=0) for width in widths))
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor in the features' dtype."""
@@ -127,9 +126,9 @@ class Shape:
         """Zeros in acc."""
         return torch.zeros(shape, dtype=acc_dtype(self.dtype), device=self.device)
 
-    def parts(self, channels: int) -> Tensor:
+    def parts(self, chunks: Sequence[slice], channels: int) -> Tensor:
         """[chunks, 2, channels] acc, uninitialised: moments of every chunk."""
-        return self.new(len(self.chunks), 2, channels, dtype=acc_dtype(self.dtype))
+        return self.new(len(chunks), 2, channels, dtype=acc_dtype(self.dtype))
 
     def features(self, dtype: torch.dtype | None = None) -> Tensor:
         """[B, H, W, channels], uninitialised. Its pitch, the same in every dtype, is one that 16 bytes divide: a GPU's

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.autocast import autocast_dtype
 from ..ops.wide_linear import wide_linear
 from . import checks
 
@@ -59,9 +60,18 @@ class LanguageModel(nn.Module):
         `state` None is the start of a text.
         """
         x = self.embed(tokens)
-        output, after = self.lstm(x, self.zero_state(x.shape[1]) if state is None else state)
+        output, after = self._recur(x, self.zero_state(x.shape[1]) if state is None else state)
         output = self.dropout(output)
         return (wide_linear(output, *self.output_layer()) if project else output), after
+
+    def _recur(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Through the LSTM. torch's autocast has cuDNN's compute in fp16 whichever dtype it was asked for: under bf16,
+        whose users scale no loss, gradients would vanish there, so that it is fp32's LSTM (TF32 where that is on)."""
+        kind = x.device.type
+        if kind != "cuda" or autocast_dtype(kind) is not torch.bfloat16:
+            return self.lstm(x, state)  # type: ignore[no-any-return]
+        with torch.autocast(kind, enabled=False):
+            return self.lstm(x.float(), tuple(each.float() for each in state))  # type: ignore[no-any-return]
 
 
 class WordLSTM(LanguageModel):

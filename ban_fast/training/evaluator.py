@@ -19,16 +19,20 @@ TEST = "test"
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, and on a GPU no TF32, which torch lets convolutions use unless told otherwise."""
+    """No autocast, no products of operands rounded to bf16 or TF32, as a caller may have allowed, and on a GPU no TF32
+    in convolutions, where torch uses it unless told otherwise."""
     cudnn: Any = torch.backends.cudnn
+    allowed = torch.get_float32_matmul_precision()
     handles = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul] if device.type == "cuda" else []
     before = [handle.fp32_precision for handle in handles]
     try:
+        torch.set_float32_matmul_precision("highest")  # torch refuses products where this and the handles disagree
         for handle in handles:
             handle.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        torch.set_float32_matmul_precision(allowed)
         for handle, precision in zip(handles, before, strict=True):
             handle.fp32_precision = precision
 

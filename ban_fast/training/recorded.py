@@ -1,7 +1,9 @@
 """Optimizer steps recorded as CUDA graphs, one or several in each, and which of these a GPU makes quickest."""
 
 import random
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -40,8 +42,9 @@ class Recorded:
         self._step, self._addresses, self._device, self._obstacle = step, addresses, device, obstacle
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._warm_ups = WARM_UPS
-        self._draws_on_host = False
+        self._draws_on_host = self._waits = False
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by steps in it
+        self._refused: set[int] = set()  # sizes that could not be recorded with the tables of now
         self._pool = torch.cuda.graph_pool_handle()
         self._recorded_at: Sequence[int] = ()
         self._trial = Trial(device)
@@ -60,6 +63,7 @@ class Recorded:
         if addresses != self._recorded_at:
             # A graph's memory goes before another's is taken; kernels may be made anew for a table of another size.
             self._graphs, self._recorded_at, self._warm_ups = {}, addresses, max(self._warm_ups, 1)
+            self._refused.clear()
             self._pool = torch.cuda.graph_pool_handle()
         if self._warm_ups:
             self._trial.abandon()
@@ -68,24 +72,29 @@ class Recorded:
         self._graph(1)  # what is left of an epoch is made one by one
         size = self._trial.size(most, self._has)
         self._graph(size).replay()
-        if self._trial.made(size):
-            self._graphs = {count: graph for count, graph in self._graphs.items() if count in (1, self._trial.best)}
+        # Those that lost the trial stay, in memory that they share with the others: where one graph is destroyed, later
+        # torch versions (2.12) free what cuBLAS works with in all that were recorded on its stream.
+        self._trial.made(size)
         return size
 
     def _warm_up(self) -> None:
         self._warm_ups -= 1
         drawn = _host_generators(self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _waits_told() as told:
             self._step()
+        self._waits = bool(told)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._draws_on_host |= _host_generators(self._device) != drawn
 
     def _has(self, size: int) -> bool:
         """Whether there is a graph of so many steps, or can be: several may not fit where one does."""
+        if size in self._refused:
+            return False
         try:
             self._graph(size)
         except NotRecorded:
+            self._refused.add(size)
             return False
         return True
 
@@ -97,6 +106,8 @@ class Recorded:
     def _record(self, size: int) -> torch.cuda.CUDAGraph:
         if self._draws_on_host:
             raise NotRecorded("the network draws random numbers on the host, and a replay would repeat them")
+        if self._waits:
+            raise NotRecorded("an operation of it waits for the device, as one that asks for a number does")
         if (obstacle := self._obstacle()) is not None:
             raise NotRecorded(obstacle)
         graph = torch.cuda.CUDAGraph()
@@ -109,7 +120,8 @@ class Recorded:
             ):
                 for _ in range(size):
                     self._step()
-        except RuntimeError as error:  # a wait for the device, an allocation, a library's call that can't be recorded
+        except RuntimeError as error:  # an allocation, a library's call that can't be recorded
+            recover(self._device, self._pool, self._stream)
             cause = _first_cause(error)
             if not isinstance(cause, Exception):  # whoever interrupts is heeded
                 raise cause from None
@@ -172,6 +184,42 @@ class Trial:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def recover(device: torch.device, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    """Leave behind a recording on `stream`, with memory of `pool`, that failed.
+
+    torch raises at its end before it has told the allocator, which would go on as if one were under way, and, up to
+    2.11, the generator, which would refuse to draw. The first can be told; the second is by a recording that ends well.
+    """
+    with suppress(RuntimeError):  # it was told
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device() if device.index is None else device.index, pool)
+    with suppress(RuntimeError), warnings.catch_warnings():  # a device that is lost says so at the next step
+        warnings.simplefilter("ignore")  # that nothing was recorded
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+        ):
+            pass
+
+
+@contextmanager
+def _waits_told() -> Iterator[list[str]]:
+    """Collects what torch says of operations inside that wait for the device; other warnings go on as they would."""
+    told: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield told
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            told.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _first_cause(error: BaseException) -> BaseException:

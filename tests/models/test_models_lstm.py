@@ -270,3 +270,30 @@ def test_a_small_language_is_learnt() -> None:
             loss.backward()
             optimizer.step()
         assert loss < 0.5 * math.log(12)
+
+
+@pytest.mark.parametrize(("dtype", "is_left"), [(torch.float16, True), (torch.bfloat16, False), (None, True)])
+def test_under_bf16_a_gpu_s_lstm_is_not_left_to_autocast(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, is_left: bool
+) -> None:
+    """Which would take it to fp16, where nobody scales the loss. Without a GPU: what the layer is given."""
+    model = create("lstm-8")
+    given: list[Tensor] = []
+
+    class OnDevice(Tensor):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda")
+
+    def layer(x: Tensor, state: models.lstm.State) -> tuple[Tensor, models.lstm.State]:
+        given.extend((x, *state))
+        return x, state
+
+    monkeypatch.setattr("ban_fast.models.lstm.autocast_dtype", lambda kind: dtype if kind == "cuda" else None)
+    monkeypatch.setattr(model.lstm, "forward", layer)
+    x, state = torch.zeros(T, B, 8, dtype=torch.float16), torch.zeros(2, B, 8, dtype=torch.float16)
+    model._recur(x.as_subclass(OnDevice), (state, state))
+    assert [each.dtype for each in given] == [torch.float16 if is_left else torch.float32] * 3
+    given.clear()
+    model._recur(x, (state, state))
+    assert [each.dtype for each in given] == [torch.float16] * 3

@@ -1,5 +1,6 @@
 """CUDA graphs without a GPU: what is recorded is not made, what is replayed is, and a clock says what it cost."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,13 +20,20 @@ class Emulated:
         """Steps in each replay."""
         self.fails: Callable[[int], bool] = lambda size: False
         """Whether graphs of so many steps can't be recorded."""
+        self.waits = False
+        """Whether each step waits for the device."""
+        self._is_broken = False  # by a recording that failed, until one ends well
+        self._says_waits = 0
         self._costs, self._clock = costs or {}, 0.0
         self._recording: list[Callable[[], None]] | None = None
 
     def make(self, step: Callable[[], None]) -> None:
         """A step: made, or recorded."""
         if self._recording is None:
+            assert not self._is_broken
             self.lines.append("step")
+            if self.waits and self._says_waits:
+                warnings.warn("called a synchronizing CUDA operation (Triggered internally at ...)", stacklevel=1)
             step()
             return
         self._recording.append(step)
@@ -64,15 +72,17 @@ class Emulated:
                     step()
 
         @contextmanager
-        def graph(recorded: Graph, pool: Any, stream: Any) -> Iterator[None]:
+        def graph(recorded: Graph, pool: Any = None, stream: Any = None) -> Iterator[None]:
             device._recording = recorded.steps
             is_whole = False
             try:
                 yield
                 is_whole = True
             finally:
-                device.lines.append(f"record {len(recorded.steps)}")
+                if recorded.steps:  # a recording of nothing puts right what a broken one left
+                    device.lines.append(f"record {len(recorded.steps)}")
                 device._recording = None
+                device._is_broken = not is_whole
                 if not is_whole:  # as capture_end does, in torch's own __exit__, before the first error goes on
                     raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
@@ -83,3 +93,6 @@ class Emulated:
         patch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "get_sync_debug_mode", lambda: device._says_waits)
+        patch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(device, "_says_waits", mode and 1))

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, costs: dict[int
     assert step.seconds == pytest.approx({1: 1e-3, **{size: cost / 1000 for size, cost in costs.items()}})
     assert [step(most) for most in (ENDLESS, best, best - 1 or 1)] == [best, best, 1]
     assert len([line for line in device.lines if line.startswith("record")]) == 3  # and none since
+    assert set(step._graphs) == set(recorded.SIZES)  # to destroy one could harm the others
 
 
 def test_a_window_cut_short_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +116,37 @@ def test_what_can_not_be_recorded_says_why_in_a_line(monkeypatch: pytest.MonkeyP
     with pytest.raises(NotRecorded, match=r"^operation not permitted$"):
         step(ENDLESS)
     assert device.lines == ["step"] * recorded.WARM_UPS + ["record 1"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_that_wait_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They break no recording, and what torch says of them troubles nobody; other warnings do."""
+    device = Emulated()
+    device.install(monkeypatch)
+    device.waits = True
+    step = recorder(device)
+    for _ in range(recorded.WARM_UPS):
+        step(ENDLESS)
+    with pytest.raises(NotRecorded, match="waits for the device"):
+        step(ENDLESS)
+    assert device.lines == ["step"] * recorded.WARM_UPS
+    assert torch.cuda.get_sync_debug_mode() == 0
+    loud = Recorded(lambda: device.make(lambda: warnings.warn("mind the gap", stacklevel=1)), tuple, GPU)
+    with pytest.raises(UserWarning, match="mind the gap"):
+        loud(ENDLESS)
+
+
+def test_a_recording_that_failed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch does not put right itself: steps are made after it, and shorter ones recorded."""
+    device, told = Emulated(), []
+    device.install(monkeypatch)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *arguments: told.append(arguments))
+    device.fails = lambda size: size > 1
+    step = recorder(device)
+    made = [step(ENDLESS) for _ in range(40)]
+    assert made == [1] * 40
+    assert told == [(0, (0, 1))] * 2  # of four steps, and of eight
+    device.make(lambda: None)
 
 
 def test_the_first_cause_is_quoted() -> None:

@@ -145,6 +145,22 @@ def test_figures_are_computed_in_full_precision() -> None:
     assert [backend.fp32_precision for backend in backends] == before
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_whatever_products_a_caller_allowed(device: str, allowed: str) -> None:
+    """torch's older setting, which it refuses to multiply under where it contradicts the newer ones."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        with full_precision(torch.device(device)):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32  # raises where they contradict each other
+        assert torch.get_float32_matmul_precision() == allowed
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_without_momentum(tmp_path: Path) -> None:
     settings = config(optimizer=OptimizerConfig(lr=0.05, momentum=0.0, nesterov=False))
     run(settings, out=tmp_path / "a", **own())

@@ -277,6 +277,27 @@ def test_half_a_build_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not checks.build()["passed"]
 
 
+@pytest.mark.parametrize(("asked", "wanted"), [(None, ["env", "BAN_FAST_CUDA_ARCHS=90"]), ("80", [])])
+def test_on_a_gpu_it_builds_for_that_one(monkeypatch: pytest.MonkeyPatch, asked: str | None, wanted: list[str]) -> None:
+    """Unless the environment says for which."""
+    commands: list[list[str]] = []
+
+    def built(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(checks, "_run", built)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("BAN_FAST_CUDA_ARCHS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("BAN_FAST_CUDA_ARCHS", asked)
+    assert checks.build()["passed"]
+    assert commands[0][: len(wanted)] == wanted
+    assert commands[0][len(wanted)] == sys.executable
+
+
 def test_a_run_in_which_all_goes_well(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     status, results, page = gpu(passing, measured)

@@ -200,10 +200,23 @@ class Waits(torch.nn.Module):
         return self.body(x) if x.abs().max().item() < 1e9 else self.body(0 * x)
 
 
-def test_a_network_that_can_not_be_recorded(tmp_path: Path) -> None:
+class Synchronizes(Waits):
+    """A network that waits for the device where torch does not notice: it breaks the recording."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.cuda.synchronize()
+        return self.body(x)
+
+
+@pytest.mark.parametrize("model", [Waits, Synchronizes])
+def test_a_network_that_can_not_be_recorded(model: type[torch.nn.Module]) -> None:
+    """Its steps are made as they are, dropout's draws included, and the next network's are recorded."""
     observer = Recorder()
-    results = run(config(device="cuda", generations=0), observer=observer, **own(model=Waits))
+    results = run(config(device="cuda", generations=0), observer=observer, **own(model=model))
     assert results.generations[0]["step"]["mode"] == "eager"
     assert any("can't be recorded" in text for text in observer.messages)
+    assert torch.rand(3, device="cuda").isfinite().all()
     with pytest.raises(OptionError, match="step: a step can't be recorded as a CUDA graph"):
-        run(config(device="cuda", generations=0, step="graph"), **own(model=Waits))
+        run(config(device="cuda", generations=0, step="graph"), **own(model=model))
+    results = run(config(device="cuda", generations=0, step="graph"), **own())
+    assert results.generations[0]["step"]["mode"] == "graph"

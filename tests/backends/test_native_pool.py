@@ -320,7 +320,7 @@ def test_gradients_from_a_loader_worker() -> None:
         assert torch.equal(grad, row_by_row(index))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_steps_own_their_memory(compiler: str) -> None:
     student, teacher = inputs()
     student.requires_grad_()

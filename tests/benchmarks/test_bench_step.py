@@ -104,7 +104,7 @@ def test_only_a_live_teacher_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked == {LIVE: 2, CACHED: 0, SUPERVISED: 0}
 
 
-@pytest.mark.parametrize("name", [NAIVE, LIVE, CACHED])
+@pytest.mark.parametrize("name", [LIVE, *(pytest.param(name, marks=pytest.mark.slow) for name in (NAIVE, CACHED))])
 def test_an_epoch_updates_once_a_batch(name: str) -> None:
     split, _ = step.images(12)
     trainer = trainers.trainers(torch.device("cpu"))[name](SMALL, split, torch.device("cpu"))

@@ -57,7 +57,9 @@ def wait_for(process: "subprocess.Popen[str]", words: str) -> None:
     raise AssertionError(f"it ended without saying {words!r}: {process.communicate()}")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
     start: Start, tmp_path: Path, held: Path, number: signal.Signals, status: int
 ) -> None:

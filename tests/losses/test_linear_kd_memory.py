@@ -50,7 +50,7 @@ the peak is that of a heap with holes: 9 to 29 MB from one run to the next."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
 def test_peak_memory_is_a_chunk(reduction: str) -> None:
     """240 MB (both logits and a gradient) with whole logits; with chunks of 8 MiB a tenth of it."""
 

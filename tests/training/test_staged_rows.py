@@ -85,7 +85,7 @@ def test_in_recorded_steps(
     assert device.lines.count("record 2") == settings.generations + 1  # once each
 
 
-@pytest.mark.parametrize("question", range(14, 38, 3))
+@pytest.mark.parametrize("question", [17, 29, *(pytest.param(q, marks=pytest.mark.slow) for q in range(14, 38, 4))])
 def test_an_interrupted_run_goes_on(tmp_path: Path, elsewhere: Callable[[], list[int]], question: int) -> None:
     settings, arguments = SETTINGS["permuted, rounded"]()
     run(settings, out=tmp_path / "a", **arguments)

@@ -169,7 +169,9 @@ def test_confidences_beside_logits_are_those_alone() -> None:
     assert torch.equal(one.confidence[one.rows], other.confidence[other.rows])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", ["bf16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp16"))]
+)
 def test_cwtm_does_not_depend_on_what_else_is_kept(dtype: str, tmp_path: Path) -> None:
     """Its numbers alone, beside another run's logits, a family's, or in memory: the same bits."""
 
@@ -189,7 +191,7 @@ def test_cwtm_does_not_depend_on_what_else_is_kept(dtype: str, tmp_path: Path) -
     assert in_memory["test"] == footprint(tmp_path / "alone")["results"]["generations"][1]["test"]
 
 
-@pytest.mark.parametrize("question", [24 * 5 + 20, 24 * 5 + 90])
+@pytest.mark.parametrize("question", [24 * 5 + 20, pytest.param(24 * 5 + 90, marks=pytest.mark.slow)])
 def test_a_family_with_rounded_rows_resumes_to_the_same_bits(question: int, tmp_path: Path) -> None:
     settings = digits(students=("ban", "cwtm"), teacher=TeacherConfig(mode="cache", cache_dtype="fp16"))
     run_together(settings, out=tmp_path / "whole")
@@ -307,7 +309,7 @@ def test_a_runs_own_cache_goes_when_its_student_is_trained(tmp_path: Path) -> No
 # Stopped and resumed
 
 
-@pytest.mark.parametrize("model", ["convnet-8", "densenet-bc-10-4"])
+@pytest.mark.parametrize("model", [pytest.param("convnet-8", marks=pytest.mark.slow), "densenet-bc-10-4"])
 def test_resumed_with_its_cache(model: str, tmp_path: Path) -> None:
     """Everything is equal, the count of forward passes too: nothing that was kept is computed again.
 

@@ -66,7 +66,7 @@ def test_put_down_for_several_runs(text: Path, tmp_path: Path) -> None:
         assert teachers[1]["forward_tokens"] == record["forward_tokens"] > 0
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_rounded_outputs_teach_nearly_the_same(text: Path, dtype: str) -> None:
     live = run(settings(text, "live")).generations[1]["test"]
     kept = run(settings(text, cache_dtype=dtype)).generations[1]["test"]
@@ -89,7 +89,7 @@ def test_a_cache_that_another_run_left_unfinished(text: Path, tmp_path: Path) ->
     assert but_for_teachers(footprint(tmp_path / "second")) == but_for_teachers(footprint(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("point", [52, 64])
+@pytest.mark.parametrize("point", [52, pytest.param(64, marks=pytest.mark.slow)])
 def test_rows_that_were_lost_are_computed_again(text: Path, tmp_path: Path, point: int) -> None:
     """In the first epoch, and in the second, when every window had been read: the same rows come again."""
     run(settings(text), out=tmp_path / "whole")

@@ -45,14 +45,15 @@ def stopped_at_each(settings: Config, path: Path, points: list[int], **arguments
     return last
 
 
-def test_stopped_at_every_question(tmp_path: Path) -> None:
-    """Each step, each evaluation batch, each pause between generations."""
+@pytest.mark.parametrize("apart", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_stopped_at_every_question(tmp_path: Path, apart: int) -> None:
+    """Each step, each evaluation batch, each pause between generations; or one in some of them."""
     settings = config(generations=1)
     whole = tmp_path / "whole"
     count = questions(settings, whole, **own())
     assert count > 2 * (STEPS + EPOCHS)
     expected = footprint(whole)
-    for point in range(1, count + 1):
+    for point in range(1, count + 1, apart):
         path = tmp_path / str(point)
         stopped_at_each(settings, path, [point], **own())
         assert footprint(path) == expected, f"stopped at question {point}"
@@ -61,12 +62,12 @@ def test_stopped_at_every_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("objective", "changes"),
     [
-        ("ban", {}),
-        ("ban+l", {"amp": "bf16"}),
-        ("dkpp", {}),
         ("cwtm", {"amp": "fp16"}),
-        ("label", {"channels_last": True}),
         ("ban", {"max_steps": 7, "evaluate_every": 2}),
+        pytest.param("ban", {}, marks=pytest.mark.slow),
+        pytest.param("ban+l", {"amp": "bf16"}, marks=pytest.mark.slow),
+        pytest.param("dkpp", {}, marks=pytest.mark.slow),
+        pytest.param("label", {"channels_last": True}, marks=pytest.mark.slow),
     ],
 )
 def test_many_sessions(objective: str, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_the_teacher_is_trained_and_asked_once() -> None:
     assert len(observer.epochs) == EPOCHS * 5
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_many_sessions(seed: int, expected: dict[str, Any], tmp_path: Path) -> None:
     """Stopped after a few steps each time, between generations and evaluations too."""
     draw = random.Random(seed)
@@ -178,7 +178,7 @@ def test_a_student_that_is_a_generation_ahead(expected: dict[str, Any], tmp_path
     assert footprints(THREE, path) == expected | {"cwtm": done}
 
 
-@pytest.mark.parametrize("lost", ["ban", "label"])
+@pytest.mark.parametrize("lost", ["ban", pytest.param("label", marks=pytest.mark.slow)])
 def test_a_student_that_was_not_begun(lost: str, expected: dict[str, Any], tmp_path: Path) -> None:
     """A kill before its config.json was there, or between the teacher's files: it gets the teacher of the others."""
     path = tmp_path / "run"

@@ -21,6 +21,8 @@ UNBOUNDED = ("mixup", "cutmix", "cutout", "randaugment", "autoaugment", "trivial
 """Augmentations that are known by name, and change an image in endless ways."""
 PADDINGS = ("reflect", "zero")
 LOADERS = ("memory", "torch", "ffcv")
+FREE = {"data.directory", "data.loader", "teacher.cache_directory", "teacher.cache_fill", "checkpoint_seconds"}
+"""What may differ between a run and its continuation: nothing that is computed depends on it."""
 TEACHERS = ("live", "cache", "auto")
 STEPS = ("auto", "eager", "compile", "graph")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")

@@ -220,6 +220,13 @@ def test_help_and_version(call: Call) -> None:
     assert call("--version").out.startswith("ban-fast 0.")
 
 
+def test_help_names_what_each_command_takes(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep has no figures of its own to compute anew."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "sweep" not in call("evaluate", "--help").out
+    assert "Directory of a run, or of a sweep." in call("report", "--help").out
+
+
 def test_every_flag_of_train_is_in_its_help(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     shown = call("train", "--help").out

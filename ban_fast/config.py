@@ -302,7 +302,7 @@ class Config:
             ("optimizer.clip_norm", self.optimizer.clip_norm, True),
             ("checkpoint_seconds", self.checkpoint_seconds, False),
         ):
-            if number is not None and not (math.isfinite(number) and (number > 0 or (number == 0 and not positive))):
+            if number is not None and not (_is_finite(number) and (number > 0 or (number == 0 and not positive))):
                 raise OptionError(
                     name, f"must be a finite number {'above 0' if positive else 'of at least 0'}, got {number}"
                 )
@@ -429,6 +429,14 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             return
     wanted = " or ".join(_KINDS[kind] for kind in accepted)
     raise OptionError(name, f"must be {wanted}, got {value!r}")
+
+
+def _is_finite(number: float) -> bool:
+    """Whether it is one as floating-point numbers have them: JSON's whole numbers have no end."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -20,6 +20,8 @@ _LONGEST = 800
 """Letters of a line: timm alone has 25,000 letters of names to choose from."""
 _SECONDS_FOR_THE_CAUSE = 1.0
 _LEAVE_OUT = "leave it out"
+_TOO_LARGE = "DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed"
+"""What torch's RuntimeErrors say of more memory than there is, and than there could be."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -131,7 +133,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE))
     )
 
 

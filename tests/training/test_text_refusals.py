@@ -64,7 +64,8 @@ def test_options_that_do_not_go_with_a_text(
     ("name", "options", "level", "said"),
     [
         ("cnn-lstm-8", {"window": 3}, "word", "'hhhh' needs 6 characters, start and end included, .* a window of 6"),
-        ("cnn-lstm-8", {"window": "wide"}, "word", "window must be a whole number, got 'wide'"),
+        ("cnn-lstm-8", {"window": "wide"}, "word", "window must be a whole number of at least 1, got 'wide'"),
+        ("cnn-lstm-8", {"window": 10**30}, "word", "window must be at most 16,777,216, got 1000"),
         ("cnn-lstm-8", {}, "character", "was read by characters already"),
         ("cnn-lstm-8", {"characters": 40}, "word", "characters is not an option: it is known already"),
     ],

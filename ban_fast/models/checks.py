@@ -7,7 +7,6 @@ import torch
 
 from ..errors import UserError, suggest
 
-
 MOST = 2**24
 """Of anything that networks have a number of: a tensor of one such side is a tensor yet."""
 

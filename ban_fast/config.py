@@ -21,6 +21,8 @@ UNBOUNDED = ("mixup", "cutmix", "cutout", "randaugment", "autoaugment", "trivial
 """Augmentations that are known by name, and change an image in endless ways."""
 PADDINGS = ("reflect", "zero")
 LOADERS = ("memory", "torch", "ffcv")
+FREE = {"data.directory", "data.loader", "teacher.cache_directory", "teacher.cache_fill", "checkpoint_seconds"}
+"""What may differ between a run and its continuation: nothing that is computed depends on it."""
 TEACHERS = ("live", "cache", "auto")
 STEPS = ("auto", "eager", "compile", "graph")
 CACHE_DTYPES = ("fp32", "fp16", "bf16")
@@ -300,7 +302,7 @@ class Config:
             ("optimizer.clip_norm", self.optimizer.clip_norm, True),
             ("checkpoint_seconds", self.checkpoint_seconds, False),
         ):
-            if number is not None and not (math.isfinite(number) and (number > 0 or (number == 0 and not positive))):
+            if number is not None and not (_is_finite(number) and (number > 0 or (number == 0 and not positive))):
                 raise OptionError(
                     name, f"must be a finite number {'above 0' if positive else 'of at least 0'}, got {number}"
                 )
@@ -427,6 +429,14 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             return
     wanted = " or ".join(_KINDS[kind] for kind in accepted)
     raise OptionError(name, f"must be {wanted}, got {value!r}")
+
+
+def _is_finite(number: float) -> bool:
+    """Whether it is one as floating-point numbers have them: JSON's whole numbers have no end."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

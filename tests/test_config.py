@@ -58,6 +58,8 @@ def test_every_field_has_a_docstring() -> None:
         ({"objective": {"name": "cwtm", "temperature": 2}}, "objective.temperature", "has no temperature"),
         ({"objective": {"temperature": 0}}, "objective.temperature", "above 0, got 0"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr", "finite number above 0, got nan"),
+        ({"optimizer": {"lr": 10**400}}, "optimizer.lr", "finite number above 0, got 1000"),
+        ({"objective": {"temperature": 10**400}}, "objective.temperature", "finite number above 0, got 1000"),
         ({"optimizer": {"weight_decay": -1}}, "optimizer.weight_decay", "of at least 0, got -1"),
         ({"optimizer": {"milestones": [0.6, 0.3]}}, "optimizer.milestones", "rising"),
         ({"optimizer": {"milestones": ["a"]}}, "optimizer.milestones", "rising"),

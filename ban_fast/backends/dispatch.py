@@ -31,6 +31,13 @@ def available(device_type: str = "cpu") -> dict[str, str | None]:
     return {name: _load(name, device_type)[1] for name in BACKENDS}
 
 
+def check_environment() -> None:
+    """UserError for a variable of the environment that a backend reads, with a value that it does not take."""
+    native: Any = _load("native", "cpu")[0]
+    if native is not None:
+        native.check_environment()
+
+
 def resolve(backend: str, loss: str, logits: Tensor) -> Backend:
     """The backend that computes `loss` ("kd", "cwtm" or "dkpp") for logits [R, C].
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+from ban_fast.errors import UserError
 
 try:
     from ban_fast import _native
@@ -33,6 +34,15 @@ _POOLED_FROM = 1 << 20
 """Bytes. Of less, fresh memory costs under a tenth of the kernel's time, and malloc keeps most of it."""
 
 usual_kd = _native.usual_kd
+
+
+def check_environment() -> None:
+    """UserError where BAN_FAST_ISA or BAN_FAST_POOL_MIB is nothing that the kernels take."""
+    try:
+        _native.instruction_set()
+        _native.PooledMemory(0)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def kd(

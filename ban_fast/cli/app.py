@@ -65,9 +65,10 @@ app.command()(train)
 app.command()(sweep)
 
 
-_Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="Directory of a run, or a sweep.", parser=filled, show_default=False)
-]
+def _run_directory(help: str) -> Any:
+    return typer.Argument(metavar="RUN", help=help, parser=filled, show_default=False)
+
+
 _DataDir = Annotated[
     str | None, flag("--data-dir", "DIR", "The dataset's directory, or its parent. Default: as the run had it.")
 ]
@@ -76,7 +77,7 @@ _DataDir = Annotated[
 @app.command()
 def evaluate(
     ctx: typer.Context,
-    run: _Run,
+    run: Annotated[str, _run_directory("Directory of a run.")],
     members: Annotated[str | None, flag("--members", "1,2", "Only these generations, and their ensemble.")] = None,
     data_dir: _DataDir = None,
 ) -> int:
@@ -118,7 +119,7 @@ def prepare(
 @app.command()
 def report(
     ctx: typer.Context,
-    run: _Run,
+    run: Annotated[str, _run_directory("Directory of a run, or of a sweep.")],
     out: Annotated[str | None, flag("--out", "DIR", "Directory for the plots. Default: RUN/report.")] = None,
 ) -> int:
     """Print a run's table, draw error or perplexity by generation, curves and reliability as PNG; a study's table."""

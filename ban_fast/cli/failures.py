@@ -20,7 +20,10 @@ _LONGEST = 800
 """Letters of a line: timm alone has 25,000 letters of names to choose from."""
 _SECONDS_FOR_THE_CAUSE = 1.0
 _LEAVE_OUT = "leave it out"
+_TOO_LARGE = "DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed"
+"""What torch's RuntimeErrors say of more memory than there is, and than there could be."""
 _PACKAGE = Path(__file__).resolve().parent.parent
+_CALLERS_OF_NETWORKS = Path("training/reader.py"), Path("training/evaluator.py")
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some space, or choose another place",
@@ -60,7 +63,7 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
     if _out_of_memory(error):
         return f"out of memory; a smaller --batch-size needs less{_less_of_a_densenet(request)}", 2
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if request is not None and _is_of_a_factory(error):
+    if request is not None and _is_of_a_factory(error, request.config.model.name):
         name = f"{request.name_of('model.name')}: {request.config.model.name}"
         return f"{name} fails with {detail}; mend it, BAN_FAST_DEBUG=1 shows the traceback", 2
     return f"internal error: {detail}{_place(error)}; BAN_FAST_DEBUG=1 shows the traceback", 1
@@ -88,11 +91,19 @@ def _less_of_a_densenet(request: Request | None) -> str:
     return ", so does --model-option memory=shared" if can_share else ""
 
 
-def _is_of_a_factory(error: BaseException) -> bool:
-    """Whether code that `--model module:factory` names raised it: called from `models.external`, and not by it."""
-    frame = _last_frame(error)
-    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return frame is not None and frame[0] == Path("models/external.py") and not innermost.is_relative_to(_PACKAGE)
+def _is_of_a_factory(error: BaseException, name: str) -> bool:
+    """Whether code that `--model module:factory` names raised it, called to build a network, or as one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or Path(frames[-1].filename).is_relative_to(_PACKAGE):
+        return False
+    passed = [file for file, _ in _own_frames(error)]
+    if passed and passed[-1] == Path("models/external.py"):
+        return True
+    if not any(caller in passed for caller in _CALLERS_OF_NETWORKS):
+        return False
+    from ..models import reads  # torch comes with it, and is there where networks are called
+
+    return reads(name) is None
 
 
 def _named(error: UserError, request: Request | None) -> str:
@@ -131,7 +142,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE))
     )
 
 
@@ -148,8 +159,10 @@ def _place(error: BaseException) -> str:
 
 def _last_frame(error: BaseException) -> tuple[Path, int | None] | None:
     """The innermost file of this package that the error passed through, and the line there."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        file = Path(frame.filename)
-        if file.is_relative_to(_PACKAGE):
-            return file.relative_to(_PACKAGE), frame.lineno
-    return None
+    return next(reversed(_own_frames(error)), None)
+
+
+def _own_frames(error: BaseException) -> list[tuple[Path, int | None]]:
+    """The files of this package that the error passed through, and the lines there, the innermost last."""
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    return [(file.relative_to(_PACKAGE), line) for file, line in frames if file.is_relative_to(_PACKAGE)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..config import Config, ModelConfig, OptimizerConfig
+from ..config import FREE, Config, ModelConfig, OptimizerConfig
 from ..errors import UserError, suggest
 
 # Every flag of `ban-fast train` that sets one field: the parameter's name -> the field's path in Config.
@@ -120,8 +120,7 @@ def resumed(values: Values, directory: Path) -> Request:
             asked.config.recipe = _recipe(values["recipe"]).recipe
             asked.given.add("recipe")
     for path, old, new in _differences(stored.as_computed(), asked.config.as_computed()):
-        # Where things lie, and who reads them, is no part of what a run is.
-        if path in ("data.directory", "data.loader", "teacher.cache_directory", "teacher.cache_fill"):
+        if path in FREE:
             continue
         raise UserError(
             f"{asked.name_of(path)} is {_show(new)}, but {_show(old)} in the run to resume, {directory}; "
@@ -154,11 +153,11 @@ def read(file: Path, option: str) -> Config:
 
 def overridden(request: Request, values: Values) -> Request:
     """`request` with every flag given put into its configuration."""
-    config = request.config
     if values["objective"] is not None and values["students"] is not None:
         raise UserError("--objective and --students each say what students learn from; leave one of them out")
-    if values["objective"] is not None:
-        config.students = ()  # one line of a file's several
+    if values["objective"] is not None and request.config.students:
+        request.config = request.config.of_student(values["objective"])  # one line of a file's several
+    config = request.config
     for name, path in FIELDS.items():
         value = values[name]
         if value is None:

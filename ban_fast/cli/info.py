@@ -65,10 +65,11 @@ def _native_cpu() -> str:
     """The instruction set of the native part's kernels on the CPU."""
     try:
         native: Any = importlib.import_module("ban_fast._native")
+        native.PooledMemory(0)
         return str(native.instruction_set())
     except ImportError as error:
         return f"none: _native cannot be imported ({error})"
-    except ValueError as error:  # of the environment variable BAN_FAST_ISA
+    except ValueError as error:  # of the environment variable BAN_FAST_ISA or BAN_FAST_POOL_MIB
         return f"none: {error}"
 
 

@@ -36,8 +36,10 @@ def sweep(session: Session, values: Mapping[str, Any]) -> int:
     signals.remark = " before any run began"
     find_own_modules()
     from .. import studies, training
+    from ..backends.dispatch import check_environment
     from .sweep_progress import narrator
 
+    check_environment()  # its runs have the same
     study = _continued(session, values, out) if resume else _planned(session, values)
     again = f"continue with `ban-fast sweep --out {shlex.quote(str(out))} --resume`"
     with narrator(signals, out, again) as watching:

@@ -120,11 +120,9 @@ def _decode_all(paths: Sequence[Path], size: int) -> Tensor:
     """Images uint8 [N, size, size, 3]; Pillow decodes and resizes outside the interpreter's lock."""
     try:
         images = np.empty((len(paths), size, size, 3), np.uint8)
-    except MemoryError:
-        gib = len(paths) * size * size * 3 / 2**30
-        raise UserError(
-            f"{len(paths)} images of {size} x {size} pixels need {gib:.1f} GiB; use a smaller one"
-        ) from None
+    except (MemoryError, ValueError):  # ValueError: more bytes than an array can have
+        gib = -(-len(paths) * size * size * 3 // 2**30)
+        raise UserError(f"{len(paths)} images of {size} x {size} pixels need {gib:,} GiB; use a smaller one") from None
 
     def place(index: int) -> None:
         images[index] = _decode(paths[index], size)

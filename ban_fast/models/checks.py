@@ -7,11 +7,16 @@ import torch
 
 from ..errors import UserError, suggest
 
+MOST = 2**24
+"""Of anything that networks have a number of: a tensor of one such side is a tensor yet."""
+
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """`value` if it is an int of at least `least`, else a UserError."""
+    """`value` if it is an int of at least `least` and at most `MOST`, else a UserError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > MOST:
+        raise UserError(f"{name} must be at most {MOST:,}, got {value}")
     return value
 
 

@@ -46,7 +46,10 @@ def timm(name: str, num_classes: int, in_channels: int, options: dict[str, Any])
 
 
 def custom(path: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
-    """What `package.module:factory` makes. An error inside the factory is its own, and is not translated."""
+    """What `package.module:factory` makes: a network of images, or a language model, whose logits are the first of two.
+
+    An error inside the factory is its own, and is not translated.
+    """
     factory = find_factory(path)
     arguments = {"num_classes": num_classes, **options}
     if "in_channels" in parameters(path, factory):
@@ -58,7 +61,7 @@ def custom(path: str, num_classes: int, in_channels: int, options: dict[str, Any
     network = factory(**arguments)
     if not isinstance(network, nn.Module):
         raise UserError(f"{path} must return a torch.nn.Module, got {type(network).__name__}")
-    network.register_forward_hook(partial(_require_logits, path, num_classes))
+    network.register_forward_hook(partial(_require_outputs, path, num_classes))
     return network
 
 
@@ -99,3 +102,11 @@ def _require_logits(name: str, num_classes: int, _module: nn.Module, _args: Any,
         raise UserError(f"{name} must return one tensor of logits, got {type(output).__name__}")
     if output.ndim != 2 or output.shape[1] != num_classes:
         raise UserError(f"{name} must return logits [B, {num_classes}], got {list(output.shape)}")
+
+
+def _require_outputs(name: str, num_classes: int, module: nn.Module, args: Any, output: Any) -> None:
+    """`_require_logits`, but for a language model's (logits [T, B, V], state)."""
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and getattr(output[0], "ndim", None) == 3):
+        _require_logits(name, num_classes, module, args, output)
+    elif output[0].shape[2] != num_classes:
+        raise UserError(f"{name} must return logits [T, B, {num_classes}], got {list(output[0].shape)}")

@@ -186,7 +186,7 @@ def joined(device: str) -> Iterator[Ranks]:
     is_ours = not dist.is_initialized()
     if is_ours:
         _refuse_half_launched()
-        if not was_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        if not was_launched() or _launched_size() == 1:
             yield Ranks()
             return
         _join(device != "cpu" and torch.cuda.is_available())
@@ -257,6 +257,28 @@ def _refuse_half_launched() -> None:
             f"RANK and WORLD_SIZE say that this is one of {size} processes, but {' and '.join(missing)} {are} not set: "
             f"set {them} to where rank 0 listens, start them with torchrun, or unset RANK"
         )
+
+
+def _launched_size() -> int:
+    """How many processes were started. UserError for numbers of theirs that can't be."""
+    size = _number("WORLD_SIZE", 1)
+    if size > 1:
+        _number("RANK", 0, size - 1)
+        _number("MASTER_PORT", 0, 2**16 - 1)
+        if all(name in os.environ for name in _LOCALLY):
+            _number("LOCAL_RANK", 0, _number("LOCAL_WORLD_SIZE", 1, size) - 1)
+    return size
+
+
+def _number(name: str, least: int, most: int | None = None) -> int:
+    text = os.environ[name]
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UserError(
+            f"{name} must be a whole number {bounds}, got {text!r}: start processes with torchrun, which sets it, or "
+            "unset it"
+        )
+    return int(text)
 
 
 def _of_default_group() -> Ranks:

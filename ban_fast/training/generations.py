@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..backends.dispatch import check_environment
 from ..config import Config
 from ..data import KeyedLoader, Loader
 from ..errors import OptionError, UserError
@@ -110,6 +111,7 @@ def everyones_task(
     """The task, on this rank's device; what one rank lacks is every rank's UserError. `home`: the run's directory;
     `shared`: where its first teacher's outputs are."""
     with ranks.alike():
+        check_environment()
         if config.sync_statistics and config.steps == COMPILE and not ranks.is_alone:
             raise OptionError("sync_statistics", "what is exchanged for them is not compiled; leave --compile out")
         device = ranks.device(training_device(config.device))

@@ -83,6 +83,7 @@ class Learner:
         self.last_outputs: dict[str, Tensor] = {}  # by split, of the final weights, as far as they were asked for
         self.best: dict[str, Any] | None = None  # of the epoch with the best figure on a selection split
         self._unsaved = True
+        self._is_checked = False  # whether its logits in training are known to be what they have to be
         self._turns = Turns(device) if together else None
         with self.turn():
             seed_everything(derived_seed(seed, task.ranks.own("noise")), device)  # dropout's draws
@@ -184,7 +185,19 @@ class Learner:
         """Of a batch or a part of one; and its logits [B, C]."""
         with autocast(self.config, self.device):
             logits = self.reader(batch.images)
+        if not self._is_checked and not torch.compiler.is_compiling():
+            self._check_logits(logits, batch)
         return self.objective(logits, taught, batch, self.step_on_device), logits
+
+    def _check_logits(self, logits: Any, batch: Batch) -> None:
+        """UserError for a network that does in training what it did not when it was tried in eval mode."""
+        wanted = [len(batch.labels), self.task.shape["classes"]]
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if got != wanted:
+            raise UserError(f"the network must return logits {wanted} in training too, got {got}")
+        if not logits.requires_grad:
+            raise UserError("the network's logits have no gradient in training: let it use neither no_grad nor detach")
+        self._is_checked = True
 
     def _terms(self, batch: Batch, taught: Taught | None) -> tuple[Terms, Tensor]:
         try:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .distributed import ALONE, Ranks
 
 
@@ -62,10 +63,9 @@ class Carried:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """int64 [T, B] -> [T * B, V], in the order of the window's targets."""
-        logits, state = self._network(inputs, self._state)
+        logits, state = _pair(self._network(inputs, self._state))
         self._state = _each(state, Tensor.detach)
-        rows: Tensor = logits.flatten(0, 1)
-        return rows
+        return logits.flatten(0, 1)
 
     def begin(self) -> None:
         """The next window is a text's first."""
@@ -87,6 +87,13 @@ class Carried:
             return tensor.to(device)
 
         self._state = _each(state, own)
+
+
+def _pair(output: Any) -> tuple[Tensor, Any]:
+    """Logits [T, B, V] and a state. UserError for anything else, which a network may return in training alone."""
+    if isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[0], Tensor) and output[0].ndim == 3:
+        return output[0], output[1]
+    raise UserError(f"the network must return (logits [T, B, V], state) in training too, got {type(output).__name__}")
 
 
 def _each(state: Any, change: Callable[[Tensor], Tensor]) -> Any:

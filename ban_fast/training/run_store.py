@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import Config
+from ..config import FREE, Config
 from ..errors import OptionError, UserError
 from ..evaluation.run_directory import CONFIG, ENVIRONMENT, METRICS, MODEL, RESULTS, RESULTS_FORMAT, STATE, RunDirectory
 from .checkpoint import (
@@ -29,8 +29,6 @@ from .distributed import ALONE, Ranks
 from .locks import DirectoryLock
 from .metrics import Journal
 
-# What may differ between a run and its continuation: nothing that is computed depends on it.
-_FREE = {"data.directory", "data.loader", "teacher.cache_directory", "teacher.cache_fill", "checkpoint_seconds"}
 _STATE_FORMAT = 3  # of state.pt; another one is another configuration's checkpoint
 _GENERATIONS = [RESULTS, *(f"generation-*/{name}" for name in (STATE, METRICS, MODEL))]
 _TEMPORARIES = [name + TEMPORARY for name in (CONFIG, ENVIRONMENT, *_GENERATIONS)]
@@ -254,7 +252,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def settings(config: Config) -> dict[str, Any]:
     """Every field that what a run computes may depend on, by its dotted name."""
-    return {name: value for name, value in _leaves(config.as_computed().to_dict()) if name not in _FREE}
+    return {name: value for name, value in _leaves(config.as_computed().to_dict()) if name not in FREE}
 
 
 def config_differences(old: Config, new: Config) -> Iterator[tuple[str, Any, Any]]:

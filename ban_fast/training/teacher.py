@@ -66,7 +66,7 @@ class Teacher(Protocol):
         ...
 
     def check(self) -> None:
-        """RuntimeError if the network is not what it was when this teacher was made."""
+        """UserError if the network is not what it was when this teacher was made."""
         ...
 
     def sync(self) -> None:
@@ -100,11 +100,11 @@ class Frozen:
         return self.reader(images).detach()
 
     def check(self) -> None:
-        """RuntimeError if the network is not what it was when this was made."""
+        """UserError if the network is not what it was when this was made."""
         if fingerprint(self.network) != self.fingerprint:
-            raise RuntimeError(
+            raise UserError(
                 "the teacher changed while it taught: a layer updates its parameters or buffers in eval mode, or "
-                "shares them with the student"
+                "shares them with the student; let it do neither"
             )
 
     def manner(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from .. import data, models
 from ..config import Config, DataConfig, ModelConfig
 from ..data import Corpus, Level, TextLoader
 from ..errors import OptionError, UserError
+from ..models.checks import whole
 from .distributed import ALONE, Ranks
 from .reader import Carried
 from .seeds import isolated
@@ -121,10 +122,8 @@ def _letters(config: ModelConfig, corpus: Corpus) -> Letters | None:
     if not models.needs_characters(config.name):
         return None
     window = config.options.get("window")
-    if window is not None and type(window) is not int:
-        raise OptionError("model.options", f"window must be a whole number, got {window!r}")
     try:
-        table, names = corpus.characters(window)
+        table, names = corpus.characters(None if window is None else whole("window", window))
     except UserError as error:
         raise OptionError("model.name" if window is None else "model.options", str(error)) from error
     if window is None and table.shape[1] < models.LEAST_WINDOW:

@@ -223,6 +223,31 @@ def test_info_says_which_is_used_and_what_is_wrong_with_a_name(instruction_sets:
     assert f"CPU in _native   none: BAN_FAST_ISA is 'nonesuch'; this machine has: {listed}" in wrong
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said", "command"),
+    [
+        ("BAN_FAST_ISA", "nonesuch", "BAN_FAST_ISA is 'nonesuch'; this machine has: baseline", ("train",)),
+        ("BAN_FAST_POOL_MIB", "-5", "BAN_FAST_POOL_MIB is '-5'; a number of MiB is needed", ("train",)),
+        ("BAN_FAST_POOL_MIB", "x", "BAN_FAST_POOL_MIB is 'x'; a number of MiB is needed", ("sweep", "--seeds", "0,1")),
+    ],
+)
+def test_training_is_refused_before_anything_is_written(
+    tmp_path: Path, name: str, value: str, said: str, command: tuple[str, ...]
+) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "ban_fast", *command, "--device", "cpu", "--out", tmp_path / "run"],
+        env={**os.environ, name: value, "OMP_NUM_THREADS": "1"},
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"ban-fast: {said}")
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_every_instruction_set_passes_the_kernels_tests(instruction_sets: list[str]) -> None:
     for isa in instruction_sets:

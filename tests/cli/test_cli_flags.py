@@ -59,6 +59,15 @@ def test_students_are_a_list_and_one_objective_is_none_of_it(tmp_path: Path) -> 
     assert (single.students, single.objective.name) == ((), "dkpp")
 
 
+def test_one_of_a_files_students_has_the_settings_of_its_objective(tmp_path: Path) -> None:
+    several = requested(students="ban,ban+l,label", label_weight=0.5, temperature=4.0)
+    (tmp_path / "config.json").write_text(json.dumps(several.to_dict()))
+    for name in several.students:
+        single = requested(config=str(tmp_path / "config.json"), objective=name)
+        single.validate()
+        assert single == several.of_student(name)
+
+
 def test_every_field_of_a_flag_is_one_of_the_configuration() -> None:
     for path in flags.FIELDS.values():
         value: Any = Config()
@@ -147,7 +156,9 @@ def test_too_little_memory_names_what_this_network_can_do(model: str, options: d
     config = Config(model=ModelConfig(name=model, options=options))
     said = f"out of memory; a smaller --batch-size needs less{more}", 2
     assert failures.explain(MemoryError(), flags.Request(config)) == said
-    assert failures.explain(MemoryError(), None) == ("out of memory; a smaller --batch-size needs less", 2)
+    of_torch = RuntimeError("Storage size calculation overflowed with sizes=[16777216, 16777216, 3, 3]")
+    for error in (MemoryError(), of_torch):
+        assert failures.explain(error, None) == ("out of memory; a smaller --batch-size needs less", 2)
 
 
 class TestResume:
@@ -174,6 +185,11 @@ class TestResume:
     def test_data_and_caches_may_have_moved(self, run: Path) -> None:
         assert self.resumed(run, data_dir="/elsewhere").data.directory == "/elsewhere"
         assert self.resumed(run, cache_dir="/elsewhere").teacher.cache_directory == "/elsewhere"
+
+    def test_a_file_may_differ_in_what_nothing_computed_depends_on(self, run: Path, tmp_path: Path) -> None:
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({**json.loads((run / "config.json").read_text()), "checkpoint_seconds": 60.0}))
+        assert self.resumed(run, config=str(other)).checkpoint_seconds == 60
 
     @pytest.mark.parametrize(
         ("given", "message"),

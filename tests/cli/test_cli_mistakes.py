@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cli_calls import Call, tree
 
 from ban_fast import recipes
-from ban_fast.cli import flags
+from ban_fast.cli import failures, flags
+from ban_fast.config import Config, ModelConfig
+from ban_fast.models import create
+from ban_fast.training.reader import Forward
 
 # Arguments, and what the line must say.
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
@@ -154,6 +158,43 @@ def test_a_users_own_network_that_fails(call: Call, tmp_path: Path, code: str, s
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("moment", "doing", "said"),
+    [
+        ("self.training", "raise ValueError('my own mistake\\nand more')", "ValueError: my own mistake and more"),
+        ("len(x) == 64", "x.view(7, 7)", "RuntimeError: shape '[7, 7]' is invalid for input of size 4096"),
+    ],
+)
+def test_a_users_own_network_that_fails_later(call: Call, tmp_path: Path, moment: str, doing: str, said: str) -> None:
+    """When it is trained, and when it is evaluated."""
+    name = f"own_network_{abs(hash(doing))}"
+    (tmp_path / f"{name}.py").write_text(
+        "import torch\n"
+        "class net(torch.nn.Linear):\n"
+        "    def __init__(self, num_classes): super().__init__(64, num_classes)\n"
+        "    def forward(self, x):\n"
+        f"        if {moment}: {doing}\n"
+        "        return super().forward(x.flatten(1))\n"
+    )
+    few = ("--limit-train", "128", "--limit-test", "64", "--batch-size", "32", "--epochs", "1", "--device", "cpu")
+    failed = call("train", "--model", f"{name}:net", *few)
+    assert failed.status == 2
+    failed.line(f"--model: {name}:net fails with {said}; mend it")
+
+
+def test_an_error_of_the_package_below_a_users_network_is_its_own() -> None:
+    def failing() -> None:
+        raise ZeroDivisionError
+
+    request = flags.Request(Config(model=ModelConfig(name="mods:net")), given={"model.name"})
+    with pytest.raises(ZeroDivisionError) as outside:
+        failing()
+    assert failures.explain(outside.value, request)[1] == 1
+    with pytest.raises(ValueError, match="tokens must be") as inside:
+        Forward(create("lstm-8", 5))(torch.zeros(2, 2))
+    assert failures.explain(inside.value, request)[0].startswith("internal error: ValueError: tokens must be")
+
+
 def test_an_unknown_dataset_directory(call: Call, tmp_path: Path) -> None:
     call("train", "--data", "cifar10", "--data-dir", tmp_path / "nowhere").mistake("nowhere")
     assert tree(tmp_path) == {}
@@ -218,6 +259,13 @@ def test_help_and_version(call: Call) -> None:
         assert (said.status, said.err) == (0, "")
         assert "Usage: ban-fast" in said.out
     assert call("--version").out.startswith("ban-fast 0.")
+
+
+def test_help_names_what_each_command_takes(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep has no figures of its own to compute anew."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "sweep" not in call("evaluate", "--help").out
+    assert "Directory of a run, or of a sweep." in call("report", "--help").out
 
 
 def test_every_flag_of_train_is_in_its_help(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,29 @@ def test_what_is_missing_is_said(call: Call, monkeypatch: pytest.MonkeyPatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("scheduled")
+@pytest.mark.parametrize(
+    ("name", "value", "bounds"),
+    [
+        ("WORLD_SIZE", "abc", "of at least 1"),
+        ("WORLD_SIZE", "0", "of at least 1"),
+        ("RANK", "2", "from 0 to 1"),
+        ("RANK", "-1", "from 0 to 1"),
+        ("MASTER_PORT", "99999", "from 0 to 65535"),
+        ("LOCAL_RANK", "1", "from 0 to 0"),
+        ("LOCAL_WORLD_SIZE", "", "from 1 to 2"),
+    ],
+)
+def test_numbers_that_can_not_be(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, bounds: str
+) -> None:
+    for local, number in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(local, number)
+    monkeypatch.setenv(name, value)
+    call("train", *SMALL, "--out", "run").mistake(f"{name} must be a whole number {bounds}, got {value!r}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_places_among_those_that_share_a_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """By host, and by what each is shown of it: a scheduler may give each process a GPU of its own."""
     found = [("a", None), ("b", "0"), ("a", None), ("b", "1"), ("a", None)]

@@ -65,6 +65,27 @@ def test_recipes_of_texts_by_name(call: Call, text: Path, tmp_path: Path, name: 
     assert call("train", "--out", "run", "--resume").status == 0
 
 
+def test_a_language_model_of_ones_own(call: Call, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "own_words.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, num_classes, hidden=4):\n"
+        "        super().__init__()\n"
+        "        self.embedding = torch.nn.Embedding(num_classes, hidden)\n"
+        "        self.gru = torch.nn.GRU(hidden, hidden)\n"
+        "        self.output = torch.nn.Linear(hidden, num_classes)\n"
+        "    def forward(self, tokens, state):\n"
+        "        outputs, state = self.gru(self.embedding(tokens), state)\n"
+        "        return self.output(outputs), state\n"
+    )
+    flags = (*SMALL, "--model", "own_words:Net", "--model-option", "hidden=6", "--generations", "1")
+    said = call("train", "--data", "mytext", *flags, "--out", "run")
+    assert said.status == 0, said
+    anew = call("evaluate", "run")
+    assert anew.status == 0, anew
+    assert anew.out in said.out
+
+
 def test_flags_of_texts(call: Call, text: Path, tmp_path: Path) -> None:
     more = (
         "--level",

@@ -39,6 +39,12 @@ def user_module(tmp_path, monkeypatch):
                         return x, x
                 return Pair()
 
+            def words(num_classes, output=None):
+                class Words(nn.LSTM):
+                    def forward(self, tokens, state):
+                        return super().forward(nn.functional.one_hot(tokens, num_classes).float(), state)
+                return Words(num_classes, num_classes if output is None else output)
+
             def maps(num_classes):
                 return nn.Conv2d(3, num_classes, 1)
 
@@ -156,6 +162,15 @@ def test_outputs_that_are_not_logits(user_module, name, message):
     network = models.create(f"user_networks:{name}", 5)
     with pytest.raises(UserError, match=f"user_networks:{name} must return {message}"):
         network(torch.randn(2, 3, 8, 8))
+
+
+def test_language_models_return_their_state_too(user_module):
+    tokens = torch.zeros(3, 2, dtype=torch.int64)
+    logits, state = models.create("user_networks:words", 5)(tokens, None)
+    assert logits.shape == (3, 2, 5)
+    assert len(state) == 2
+    with pytest.raises(UserError, match=r"user_networks:words must return logits \[T, B, 5\], got \[3, 2, 4\]"):
+        models.create("user_networks:words", 5, output=4)(tokens, None)
 
 
 def test_a_factorys_own_error_is_its_own(user_module):

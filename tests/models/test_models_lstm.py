@@ -213,6 +213,7 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("lstm-99999999999999999999999", {}, "hidden must be at most 16,777,216, got 9999"),
         ("lstm-0", {}, "hidden must be a whole number of at least 1, got 0"),
         ("lstm-8", {"layers": 0}, "layers must be a whole number of at least 1, got 0"),
         ("lstm-8", {"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),

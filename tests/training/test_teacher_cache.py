@@ -399,7 +399,7 @@ def test_a_cached_teacher_that_changes_is_noticed() -> None:
     _, cached, _ = pair(rows=MemoryRows(CLASSES, torch.float32, CPU))
     cached.check()
     cached.network[1].running_mean[0] += 1e-6
-    with pytest.raises(RuntimeError, match="changed"):
+    with pytest.raises(UserError, match="changed"):
         cached.check()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ban_fast import models
 from ban_fast.config import Config, ModelConfig, TeacherConfig
-from ban_fast.errors import OptionError
+from ban_fast.errors import OptionError, UserError
 from ban_fast.training import run
 from ban_fast.training.teacher import Frozen
 from ban_fast.training.teacher_folding import answering
@@ -166,5 +166,5 @@ def test_a_folded_teacher_that_changes_is_noticed() -> None:
     frozen = Frozen(plain, answer.network, is_folded=True)  # type: ignore[arg-type]
     frozen.check()
     frozen.logits(images())
-    with pytest.raises(RuntimeError, match="the teacher changed while it taught"):
+    with pytest.raises(UserError, match="the teacher changed while it taught"):
         frozen.check()

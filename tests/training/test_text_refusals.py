@@ -64,7 +64,8 @@ def test_options_that_do_not_go_with_a_text(
     ("name", "options", "level", "said"),
     [
         ("cnn-lstm-8", {"window": 3}, "word", "'hhhh' needs 6 characters, start and end included, .* a window of 6"),
-        ("cnn-lstm-8", {"window": "wide"}, "word", "window must be a whole number, got 'wide'"),
+        ("cnn-lstm-8", {"window": "wide"}, "word", "window must be a whole number of at least 1, got 'wide'"),
+        ("cnn-lstm-8", {"window": 10**30}, "word", "window must be at most 16,777,216, got 1000"),
         ("cnn-lstm-8", {}, "character", "was read by characters already"),
         ("cnn-lstm-8", {"characters": 40}, "word", "characters is not an option: it is known already"),
     ],
@@ -77,17 +78,18 @@ def test_networks_that_read_letters(text: Path, name: str, options: dict[str, An
 
 
 class Other(nn.Module):
-    """A network whose logits are of another shape, or that takes no state."""
+    """A network whose logits are of another shape, or that takes no state, or returns none in training."""
 
-    def __init__(self, width: int | None) -> None:
+    def __init__(self, width: int | None, *, forgets: bool = False) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.forgets = width, forgets
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens: torch.Tensor, *state: Any) -> Any:
         if self.width is None:
             raise TypeError("no state here")
-        return self.weight * torch.zeros(*tokens.shape, self.width), None
+        logits = self.weight * torch.zeros(*tokens.shape, self.width)
+        return logits if self.forgets and self.training else (logits, None)
 
 
 def test_networks_of_ones_own(text: Path) -> None:
@@ -95,6 +97,8 @@ def test_networks_of_ones_own(text: Path) -> None:
         run(text_config(text), model=lambda: Other(3))
     with pytest.raises(UserError, match=r"does not take \(tokens \[T, B\], state\): no state here"):
         run(text_config(text), model=lambda: Other(None))
+    with pytest.raises(UserError, match=r"must return \(logits \[T, B, V\], state\) in training too, got Tensor"):
+        run(text_config(text), model=lambda: Other(14, forgets=True))
     settings = text_config(text, generations=1, epochs=1, model=ModelConfig())
     assert run(settings, model=lambda: Other(14)).generations[1]["test"]["perplexity"] == pytest.approx(14)
 

@@ -1,5 +1,6 @@
 """What cannot be trained is one line, and leaves nothing."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ban_fast.errors import OptionError, UserError
 from ban_fast.evaluation import RunDirectory
 from ban_fast.training import Interrupted, evaluate_run, run
 from ban_fast.training.evaluator import full_precision
+from ban_fast.training.learner import Learner
 
 
 class Picky(nn.Linear):
@@ -59,6 +61,39 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(changes: dict[str, Any
         run(config(), out=tmp_path / "run", **own(**changes))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+class Moody(nn.Sequential):
+    """Does something else in training than in evaluation."""
+
+    def __init__(self, mood: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(36, 4))
+        self.mood = mood
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.mood(super().forward(x)) if self.training else super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("mood", "said"),
+    [
+        (lambda logits: (logits, logits), r"must return logits \[16, 4\] in training too, got tuple"),
+        (lambda logits: logits[:, :3], r"must return logits \[16, 4\] in training too, got \[16, 3\]"),
+        (lambda logits: logits[:8], r"must return logits \[16, 4\] in training too, got \[8, 4\]"),
+        (torch.Tensor.detach, "no gradient in training: let it use neither no_grad nor detach"),
+    ],
+)
+def test_what_a_network_does_in_training_alone(mood: Callable[[torch.Tensor], Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        run(config(), **own(model=lambda: Moody(mood)))
+
+
+def test_outputs_in_training_are_looked_at_once_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    check = Learner._check_logits
+    monkeypatch.setattr(Learner, "_check_logits", lambda self, *given: (seen.append(self.number), check(self, *given)))
+    run(config(generations=1, micro_batch_size=6), **own())
+    assert seen == [0, 1]
 
 
 def test_batch_normalisation_of_one_sample() -> None:

@@ -47,7 +47,11 @@ def evaluate_run(
     results = directory.results()
     finished = results["generations"]
     chosen = _members(members, len(finished), directory)
-    config = with_own(dataclasses.replace(config, device=device), model, train, [test, validation])
+    # How they were trained asks nothing here: figures are computed in full precision, from whatever holds the images.
+    if config.data.loader == "ffcv":
+        config.data.loader = "torch"
+    config = dataclasses.replace(config, device=device, amp="off")
+    config = with_own(config, model, train, [test, validation])
     config.validate()
     place = training_device(device)
     with isolated(place):

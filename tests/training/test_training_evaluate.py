@@ -11,9 +11,11 @@ from small_runs import (
     StopAt,
     check_figures,
     config,
+    digits,
     own,
     without_times,
 )
+from text_runs import text_config, write_text
 
 from ban_fast.errors import UserError
 from ban_fast.training import Interrupted, evaluate_run, run
@@ -82,3 +84,23 @@ def test_evaluate_the_finished_part_of_a_stopped_run(tmp_path: Path) -> None:
     assert len(stored["generations"]) == 1
     assert evaluate_run(tmp_path, **own()) == stored
     assert without_times(stored)["generations"][0]["steps"] == STEPS
+
+
+def as_if(path: Path, **changes: Any) -> None:
+    """Another machine's run: one that had a GPU, or FFCV."""
+    file = path / "config.json"
+    stored = json.loads(file.read_text())
+    for key, value in changes.items():
+        part, _, name = key.rpartition("__")
+        (stored[part] if part else stored)[name] = value
+    file.write_text(json.dumps(stored))
+
+
+def test_how_it_was_trained_asks_nothing(tmp_path: Path) -> None:
+    """A text in fp16, which no CPU trains, and images from files of FFCV's that are gone."""
+    run(text_config(write_text(tmp_path / "text", lines=40), generations=0, epochs=1), out=tmp_path / "words")
+    as_if(tmp_path / "words", amp="fp16")
+    run(digits(generations=0, epochs=1), out=tmp_path / "images")
+    as_if(tmp_path / "images", data__loader="ffcv")
+    for name in ("words", "images"):
+        assert evaluate_run(tmp_path / name) == json.loads((tmp_path / name / "results.json").read_text())

@@ -194,6 +194,9 @@ class TestResume:
         assert str(raised.value).startswith(message)
         assert str(run) in str(raised.value)
 
+    def test_what_an_older_run_did_not_read_may_be_repeated(self, run: Path) -> None:
+        assert self.resumed(run, lr_decay=0.2, schedule="cosine") == self.resumed(run)
+
     def test_another_file(self, run: Path, tmp_path: Path) -> None:
         other = tmp_path / "other.json"
         other.write_text(json.dumps({**json.loads((run / "config.json").read_text()), "seed": 9}))

@@ -48,6 +48,18 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "recipe": (["train", "--recipe", "cifar"], ["--recipe: unknown recipe 'cifar'; did you mean 'cifar1"]),
     "objective": (["train", "--objective", "bann"], ["--objective: unknown value 'bann'; did you mean 'ban'?"]),
     "schedule": (["train", "--schedule", "cosin"], ["--schedule: unknown value 'cosin'; did you mean 'cosine'?"]),
+    "factor of a schedule without": (
+        ["train", "--lr-decay", "0.5"],
+        ["--lr-decay: is for schedules step and plateau; leave it out"],
+    ),
+    "cache of no teacher": (
+        ["train", "--objective", "label", "--teacher", "cache"],
+        ["--teacher: objective 'label' has no teacher; leave it out"],
+    ),
+    "place of no teacher's cache": (
+        ["train", "--students", "label", "--cache-dir", "x"],
+        ["--cache-dir: objective 'label' has no teacher; leave it out"],
+    ),
     "device": (["train", "--device", "gpu"], ["--device: unknown value 'gpu'"]),
     "amp": (["train", "--amp", "fp8"], ["--amp: unknown value 'fp8'; did you mean 'fp16'?"]),
     "step": (["train", "--step", "grph"], ["--step: unknown value 'grph'; did you mean 'graph'?"]),

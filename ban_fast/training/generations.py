@@ -116,6 +116,8 @@ def everyones_task(
     stack.enter_context(prepared(device))
     with ranks.alike():
         task = make_task(config, device, model=model, ranks=ranks, **own)
+        if config.sync_statistics and task.is_fixed and not resume:  # older runs may have it on record
+            raise OptionError("sync_statistics", f"is for images, and {config.data.name} is a text; leave it out")
         check_step(config, device, task.train(0))
         kept = config if config.generations > 1 else _reading(config, shared)
         check_cache(kept, task, None if home is None else home / FOLDER, resume)

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from ban_fast import recipes
 from ban_fast.cli import failures, flags
 from ban_fast.config import Config, ModelConfig
 from ban_fast.errors import UserError
+from ban_fast.models import registry
 
 NOT_GIVEN: dict[str, Any] = dict.fromkeys(["recipe", "config", "out", *flags.FIELDS]) | {"model_option": []}
 
@@ -148,6 +150,18 @@ def test_too_little_memory_names_what_this_network_can_do(model: str, options: d
     said = f"out of memory; a smaller --batch-size needs less{more}", 2
     assert failures.explain(MemoryError(), flags.Request(config)) == said
     assert failures.explain(MemoryError(), None) == ("out of memory; a smaller --batch-size needs less", 2)
+
+
+def test_too_little_memory_for_the_weights_names_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*numbers: int, **options: Any) -> nn.Module:
+        raise MemoryError
+
+    monkeypatch.setitem(registry.FAMILIES, "mlp-{hidden}", registry.Family(build))
+    with pytest.raises(MemoryError) as caught:
+        registry.create("mlp-8")
+    request = flags.Request(Config(model=ModelConfig(name="mlp-8")))
+    said = "--model: mlp-8 is too large for the memory that there is; choose a smaller one", 2
+    assert failures.explain(caught.value, request) == said
 
 
 class TestResume:

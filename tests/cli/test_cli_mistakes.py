@@ -106,6 +106,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "data": (["train", "--data", "cifr10"], ["--data: unknown dataset 'cifr10'", "did you mean 'cifar10'?"]),
     "data not there": (["train", "--data", "cifar100", "--data-dir", "."], ["cifar100", "--data-dir"]),
+    "data in a file": (
+        ["train", "--data", "cifar10", "--data-dir", "/dev/null"],
+        ["cifar10 is not in /dev/null (not a directory); name the one that holds cifar-10-batches-py"],
+    ),
+    "text in a file": (
+        ["train", "--data", "ptb", "--data-dir", "/dev/null"],
+        ["ptb is not in /dev/null (not a directory); name the one that holds ptb.train.txt, "],
+    ),
     "model": (["train", "--model", "wrnn-28-1"], ["--model: ", "wrnn-28-1", "did you mean"]),
     "model depth": (["train", "--model", "wrn-29-1"], ["--model: ", "depth 29", "6n+4"]),
     "model factory": (["train", "--model", "no_such_module:make"], ["--model: ", "no_such_module"]),

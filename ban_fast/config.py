@@ -122,7 +122,8 @@ class TeacherConfig:
     """"live" (a forward pass for each batch), "cache" (one for each view of an image that is shown, kept), or "auto":
     the cache where it gives the live teacher's very bits and saves enough, and fits."""
     cache_dtype: str = "fp32"
-    """Of the rows kept: "fp32" (exact), "fp16" or "bf16" (half the size; 2^-11 and 2^-8 of a logit are rounded off)."""
+    """Of the rows kept: "fp32" (exact), "fp16" or "bf16" (half the size; 2^-11 and 2^-8 of a logit are rounded off).
+    DKPP's argmax is the rounded row's: the lowest index of its largest value, which before may have been another's."""
     cache_directory: str | None = None
     """Where caches lie, each in a folder of its own, for other runs to read too. None: in the run's own directory,
     until the students of that teacher are trained."""

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ def blocks(language: str) -> list[str]:
 def test_the_library_example_runs_in_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = (b for b in blocks("python") if "training import run" in b)
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
-    exec(compile(example, "README.md", "exec"), {})
+    scope: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
+    assert (scope["vote"]["average"], scope["vote"]["members"]) == ("probabilities", [1, 2, 3])
     assert re.fullmatch(r"\[(\d+\.\d+(, )?){4}\] \{'error': .*, 'nll': .*, 'ece': .*\}\n", printed), printed
 
 

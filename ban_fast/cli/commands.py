@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import STUDENT_FOLDERS, Config
 from ..errors import UserError
+from ..recipes.changes import check_read
 from . import flags, ranks
 from .app import Session
 from .signals import Stopped
@@ -24,6 +25,8 @@ def train(session: Session, values: flags.Values) -> int:
         raise UserError("--resume needs --out DIR, the directory of the run to continue")
     session.request = flags.resumed(values, Path(values["out"])) if resume else flags.requested(values)
     session.request.config.validate()
+    if not resume:
+        check_read(session.request.given, [session.request.config])
     out, is_restarted = ranks.settled(
         Path(values["out"]) if values["out"] is not None else new_directory(session.request.config.recipe)
     )

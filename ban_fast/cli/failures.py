@@ -24,6 +24,8 @@ _TOO_LARGE = "DefaultCPUAllocator: can't allocate memory", "Storage size calcula
 """What torch's RuntimeErrors say of more memory than there is, and than there could be."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 _CALLERS_OF_NETWORKS = Path("training/reader.py"), Path("training/evaluator.py")
+_BUILDING = {(_PACKAGE / "models/registry.py", "create"), (_PACKAGE / "training/task.py", "placed")}
+"""Functions in which networks are made."""
 _REMEDIES = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some space, or choose another place",
@@ -61,6 +63,9 @@ def _explain(error: BaseException, request: Request | None) -> tuple[str, int]:
         time.sleep(_SECONDS_FOR_THE_CAUSE)  # whoever ended for a reason says that
         return str(error), 1
     if _out_of_memory(error):
+        if request is not None and _is_of_building(error):
+            name = f"{request.name_of('model.name')}: {request.config.model.name}"
+            return f"{name} is too large for the memory that there is; choose a smaller one", 2
         return f"out of memory; a smaller --batch-size needs less{_less_of_a_densenet(request)}", 2
     detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if request is not None and _is_of_a_factory(error, request.config.model.name):
@@ -144,6 +149,11 @@ def _out_of_memory(error: BaseException) -> bool:
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
         or (isinstance(error, RuntimeError) and any(words in str(error) for words in _TOO_LARGE))
     )
+
+
+def _is_of_building(error: BaseException) -> bool:
+    """Whether a network's weights were being made, or moved to the device: no batch was there yet."""
+    return any((Path(frame.filename), frame.name) in _BUILDING for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _is_loss_of_a_rank(error: BaseException) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..config import FREE, Config, ModelConfig, OptimizerConfig
+from ..config import FREE, Config
 from ..errors import UserError, suggest
+from ..recipes.changes import OPTIONS, change
 
 # Every flag of `ban-fast train` that sets one field: the parameter's name -> the field's path in Config.
 FIELDS = {
@@ -53,6 +54,7 @@ FIELDS = {
     "max_steps": "max_steps",
 }
 _OTHER_FLAGS = {"recipe": "--recipe", "model.options": "--model-option"}
+_FOLDERS = ("data.name", "data.directory", "teacher.cache_directory")
 _BASES = {"digits": "demo", "cifar10": "cifar10", "cifar100": "cifar100", "ptb": "ptb-lstm"}
 
 Values = Mapping[str, Any]
@@ -158,28 +160,21 @@ def overridden(request: Request, values: Values) -> Request:
     if values["objective"] is not None and request.config.students:
         request.config = request.config.of_student(values["objective"])  # one line of a file's several
     config = request.config
-    for name, path in FIELDS.items():
-        value = values[name]
-        if value is None:
-            continue
-        if path == "model.name" and value != config.model.name:
-            config.model = ModelConfig()  # another network has other options
-        if path == "students":
-            value = tuple(value.split(","))
-        if path == "optimizer.schedule" and value != "plateau":  # a recipe's plateau is no other schedule's
-            config.optimizer.plateau_threshold = OptimizerConfig.plateau_threshold
-            config.optimizer.plateau_against = OptimizerConfig.plateau_against
-        if path == "objective.name" and value != config.objective.name:
-            config.objective.kd_weight = config.objective.label_weight = None
-        if path in ("data.name", "data.directory", "teacher.cache_directory"):
-            value = absolute(path, value)
-        section, _, key = path.rpartition(".")
-        setattr(getattr(config, section) if section else config, key, value)
-        request.given.add(path)
-    if values["model_option"]:
-        config.model.options = {**config.model.options, **dict(map(_option, values["model_option"]))}
+    if values["objective"] not in (None, config.objective.name):
+        config.objective.kd_weight = config.objective.label_weight = None
+    changes = {path: _value(path, values[name]) for name, path in FIELDS.items() if values[name] is not None}
+    request.given |= set(changes)
+    for key, value in map(_option, values["model_option"] or []):
+        changes[OPTIONS + key] = value
         request.given.add("model.options")
+    change(config, changes)
     return request
+
+
+def _value(path: str, value: Any) -> Any:
+    if path == "students":
+        return tuple(value.split(","))
+    return absolute(path, value) if path in _FOLDERS else value
 
 
 def absolute(path: str, value: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import UserError, suggest
+from ..recipes.changes import check_read
 from . import flags
 from .app import Session
 from .commands import find_own_modules, new_directory, print_content
@@ -68,10 +69,16 @@ def sweep(session: Session, values: Mapping[str, Any]) -> int:
 
 def _planned(session: Session, values: Mapping[str, Any]) -> Any:
     """The study that the flags of a new sweep ask for."""
+    study = _varied(session, values) if values["paper"] is None else _of_the_paper(session, values)
+    if session.request is not None:
+        check_read(session.request.given, [run.config for run in study.runs if not run.is_helper])
+    return study
+
+
+def _varied(session: Session, values: Mapping[str, Any]) -> Any:
+    """The study of every combination of what is varied."""
     from .. import studies
 
-    if values["paper"] is not None:
-        return _of_the_paper(session, values)
     axes = _axes(values)
     train = {**_NOT_TAKEN, **values}
 

@@ -160,7 +160,12 @@ def train(
     ] = None,
     cache_dtype: Annotated[
         str | None,
-        flag("--cache-dtype", "|".join(CACHE_DTYPES), "Of outputs kept; fp32, the default, is exact.", _NETWORKS),
+        flag(
+            "--cache-dtype",
+            "|".join(CACHE_DTYPES),
+            "Of outputs kept; fp32, the default, is exact. In fp16 and bf16 dkpp takes the argmax of rounded outputs.",
+            _NETWORKS,
+        ),
     ] = None,
     cache_dir: Annotated[
         str | None,

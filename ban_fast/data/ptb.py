@@ -104,6 +104,8 @@ def _folder(name: str | Path, root: Path) -> Path | None:
 def _ptb(root: Path, level: Level) -> Corpus:
     place = locate(root)
     if place is None:
+        if root.exists() and not root.is_dir():
+            raise UserError(f"ptb is not in {root} (not a directory); name the one that holds {_listed(_files(root))}")
         raise UserError(
             f"ptb is not in {root}; put {_listed(_files(root))} of Mikolov's simple-examples there, "
             f"name their directory, or get them with `ban-fast prepare ptb --data-dir {root}`"

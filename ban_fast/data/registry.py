@@ -239,9 +239,9 @@ def _cifar(name: str, root: Path) -> tuple[Source, Path]:
     published = cifar.CIFAR[name]
     directory = cifar.locate(published, root)
     if directory is None:
-        what = (
-            f"no {published.directory} in it" if root.is_dir() else "not a directory" if root.exists() else "not there"
-        )
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{name} is not in {root} (not a directory); name the one that holds {published.directory}")
+        what = f"no {published.directory} in it" if root.is_dir() else "not there"
         raise UserError(f"{name} is not in {root} ({what}); get it with `ban-fast prepare {name} --data-dir {root}`")
     return cifar.read(published, directory), directory / name
 

@@ -90,6 +90,7 @@ class WrappedDataLoader:
             raise UserError("the DataLoader has no length; give one over a dataset that has") from None
         if self.steps_per_epoch == 0:
             raise UserError("the DataLoader has not one batch: too few samples for its batch_size with drop_last?")
+        self.batch_size = loader.batch_size  # None of one with a batch_sampler
         self._loader = loader
         self._device = torch.device(device)
         self._channels_last = channels_last
@@ -102,7 +103,10 @@ class WrappedDataLoader:
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample as the network takes it; found by drawing a batch, random state of torch unmoved."""
         with torch.random.fork_rng(devices=[]):
-            x, _ = _pair(next(iter(self._loader)))
+            item = next(iter(self._loader), None)
+        if item is None:
+            raise UserError(f"the DataLoader ended before its first batch; its length says {self.steps_per_epoch}")
+        x, _ = _pair(item)
         return tuple(x.shape[1:])
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -121,6 +125,8 @@ class WrappedDataLoader:
                 _check_range(y, self._num_classes)
             if len(x) != len(y):
                 raise UserError(f"samples and labels must be as many, got shapes {list(x.shape)} and {list(y.shape)}")
+            if len(y) == 0:
+                raise UserError("a batch of the DataLoader has no samples; leave such batches out")
             images = _served(x.to(self._device, non_blocking=True), self._dtype, self._channels_last)
             ids = torch.arange(first, served, device=self._device)
             yield Batch(images, y.to(self._device, non_blocking=True), ids, torch.zeros_like(ids))

@@ -49,14 +49,28 @@ def scaled_down(config: Mapping[str, Any]) -> str | None:
         (config["max_steps"], "{} steps a generation"),
     ]
     parts = [text.format(f"{limit:,}") for limit, text in cuts if limit is not None]
+    if data["val_fraction"]:
+        parts.append(f"{100 * data['val_fraction']:.3g} % of the training images held out")
     if data["name"] in paper.DATASETS and config["epochs"] < paper.EPOCHS:
         parts.append(f"{config['epochs']} of the paper's {paper.EPOCHS} epochs")
     if data["name"] == paper.TEXT:
-        if paper.text_row(config) is None:
-            parts.append(f"{config['model']['name']} is no network of the paper's")
+        parts += _unlike_the_papers(config)
         if config["epochs"] < paper.TEXT_EPOCHS:
             parts.append(f"{config['epochs']} of the paper's {paper.TEXT_EPOCHS} epochs")
     return f"scaled down: {', '.join(parts)}" if parts else None
+
+
+def _unlike_the_papers(config: Mapping[str, Any]) -> list[str]:
+    """In what a run on Penn Treebank is none of Table 6's."""
+    model, parts = config["model"], []
+    if config["text"]["level"] != "word":
+        parts.append(f"read by {config['text']['level']}s, not by words as the paper's")
+    if model["name"] not in paper.TEXT_ROWS:
+        parts.append(f"{model['name']} is no network of the paper's")
+    elif model["options"]:
+        options = ", ".join(f"{key}={value}" for key, value in model["options"].items())
+        parts.append(f"{model['name']} with {options} is no network of the paper's")
+    return parts
 
 
 def unfinished(config: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:

@@ -123,10 +123,11 @@ class TextRow:
 
 _LSTM = TextRow(teacher=Perplexity(valid=75.11, test=71.87), student=Perplexity(valid=71.19, test=68.56))
 _CNN_LSTM = TextRow(teacher=Perplexity(valid=83.69, test=80.05), student=Perplexity(valid=80.27, test=76.97))
-_TEXT_ROWS = {"lstm-1500": _LSTM, "cnn-lstm": _CNN_LSTM, "cnn-lstm-650": _CNN_LSTM}
+TEXT_ROWS = {"lstm-1500": _LSTM, "cnn-lstm": _CNN_LSTM, "cnn-lstm-650": _CNN_LSTM}
+"""By network, each without options."""
 
 
 def text_row(config: Mapping[str, Any]) -> TextRow | None:
     """Table 6's row for a run's config.json: of Penn Treebank by words, and a network as the paper has it, or None."""
     is_ptb = config["data"]["name"] == TEXT and config["text"]["level"] == "word"
-    return _TEXT_ROWS.get(config["model"]["name"]) if is_ptb and not config["model"]["options"] else None
+    return TEXT_ROWS.get(config["model"]["name"]) if is_ptb and not config["model"]["options"] else None

@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ..config import OBJECTIVES, Config, ModelConfig
+from ..config import OBJECTIVES, Config
 from ..errors import UserError, suggest
-
-_OPTIONS = "model.options."
-"""Keys of the network's own arguments begin so."""
+from ..recipes.changes import OPTIONS, change, check_read
 
 
 @functools.cache
@@ -63,7 +61,7 @@ def parsed(path: str, texts: Sequence[str], name: str) -> list[Any]:
 
 def is_key(path: str) -> bool:
     """Whether a value can be set there; the network's own arguments are known to the network alone."""
-    return path in known_keys() or (path.startswith(_OPTIONS) and path.removeprefix(_OPTIONS).isidentifier())
+    return path in known_keys() or (path.startswith(OPTIONS) and path.removeprefix(OPTIONS).isidentifier())
 
 
 def check_key(path: str) -> None:
@@ -107,21 +105,16 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 def configured(base: Config, chosen: Mapping[str, Any], objectives: Sequence[str] = ()) -> Config:
     """`base` with the chosen values in it, validated. Where `objectives` are varied, settings that the chosen one has
-    not are left out; one that none of them has is an OptionError, as everything that no run could use."""
+    not are left out; one that none of them has is an OptionError, as everything that no run could use, or reads."""
     config = copy.deepcopy(base)
     if "objective.name" in chosen:
         if set(objectives) <= set(OBJECTIVES):
             config.students = tuple(objectives)
             config.validate()
         config = config.of_student(chosen["objective.name"])
-    for path, value in chosen.items():
+    for path in chosen:
         check_key(path)
-        if path.startswith(_OPTIONS):
-            config.model.options = {**config.model.options, path.removeprefix(_OPTIONS): value}
-            continue
-        if path == "model.name" and value != config.model.name:
-            config.model = ModelConfig()  # another network has other options
-        section, _, key = path.rpartition(".")
-        setattr(getattr(config, section) if section else config, key, value)
+    change(config, chosen)
     config.validate()
+    check_read(chosen, [config])
     return config

@@ -25,8 +25,7 @@ def parts(batch: Batch, taught: Taught | None, size: int, whole: int, ranks: int
     `batch` is one rank's of a batch of `whole` samples, which all have as many parts. CWTM's weights are normalised
     over the whole batch: each part knows the sum of all its confidences.
     """
-    own, largest = len(batch.labels), -(-whole // ranks)
-    count = -(-largest // size)
+    own, count = len(batch.labels), parts_of(whole, size, ranks)
     if count == 1:
         return [Part(batch, taught, own / whole)]
     found = []
@@ -35,6 +34,12 @@ def parts(batch: Batch, taught: Taught | None, size: int, whole: int, ranks: int
         some = Batch(*(tensor[part] for tensor in batch))
         found.append(Part(some, None if taught is None else _of(taught, part), len(some.labels) / whole))
     return found
+
+
+def parts_of(whole: int, size: int, ranks: int = 1) -> int:
+    """In how many parts of `size` samples at most each of so many ranks goes through a batch of `whole` samples."""
+    largest = -(-whole // ranks)
+    return -(-largest // size)
 
 
 def with_total(taught: Taught, ranks: Ranks = ALONE) -> Taught:

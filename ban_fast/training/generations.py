@@ -14,6 +14,7 @@ from ..backends.dispatch import check_environment
 from ..config import Config
 from ..data import KeyedLoader, Loader
 from ..errors import OptionError, UserError
+from .accumulate import parts_of
 from .adoption import adopt_teacher
 from .cache_fill import fill_ahead
 from .cache_worth import check_cache
@@ -118,6 +119,8 @@ def everyones_task(
     stack.enter_context(prepared(device))
     with ranks.alike():
         task = make_task(config, device, model=model, ranks=ranks, **own)
+        if config.sync_statistics and task.is_fixed and not resume:  # older runs may have it on record
+            raise OptionError("sync_statistics", f"is for images, and {config.data.name} is a text; leave it out")
         check_step(config, device, task.train(0))
         kept = config if config.generations > 1 else _reading(config, shared)
         check_cache(kept, task, None if home is None else home / FOLDER, resume)
@@ -144,9 +147,10 @@ def grow(
     _share_teacher(lineages)  # a kill may have come between
     finished = min(lineage.finished for lineage in lineages)
     observer.run_started(config, _plan(config, task, finished))
-    if config.micro_batch_size is not None and task.has_batch_norm:
+    size = config.micro_batch_size
+    if size is not None and task.has_batch_norm and parts_of(task.rows_per_step, size, task.ranks.size) > 1:
         observer.message(
-            f"batch normalisation takes its statistics from micro-batches of {config.micro_batch_size} images at most, "
+            f"batch normalisation takes its statistics from micro-batches of {size} images at most, "
             "not from whole batches: the weights will differ from those of a run without"
         )
     if not task.ranks.is_alone and task.has_batch_norm and not config.sync_statistics:

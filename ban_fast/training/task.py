@@ -188,7 +188,7 @@ def image_task(
         raise OptionError(
             "optimizer.schedule", "plateau looks at a validation split: set --val-fraction, or validation="
         )
-    rows_per_step = min(config.batch_size, _count(sample) or config.batch_size)
+    rows_per_step = _batch_size(config, sample)
     check_shares(config, rows_per_step, ranks)
     return Task(
         device=device,
@@ -421,6 +421,13 @@ def first_line(error: BaseException) -> str:
 
 def _count(loader: Loader) -> int | None:
     return len(loader) if isinstance(loader, KeyedLoader) else None
+
+
+def _batch_size(config: Config, loader: Loader) -> int:
+    """Samples of a batch of training; of a DataLoader as far as it says."""
+    if isinstance(loader, WrappedDataLoader):
+        return loader.batch_size or config.batch_size
+    return min(config.batch_size, _count(loader) or config.batch_size)
 
 
 def structure(network: nn.Module) -> str:

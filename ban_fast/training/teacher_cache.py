@@ -2,7 +2,9 @@
 
 What it gives is what a live teacher gives, to the bit, where the teacher's kernels are batch-invariant: where the
 logits of an image don't depend on the other images of a batch of the same size. So the images whose rows are missing
-are gathered from some batches ahead, and shown to the teacher in batches of exactly the training's size.
+are gathered from some batches ahead, and shown to the teacher in batches of exactly the training's size. Rows kept in
+fewer bits than the logits have are rounded, and all that is made of logits is made of those: DKPP's argmax is the
+lowest index of the rounded row's largest value.
 
 Of several ranks each computes what its own shards miss, and all keep all of it, as each epoch deals the images anew;
 one file, rank 0's, remembers it.

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from ban_fast import recipes
 from ban_fast.cli import failures, flags
 from ban_fast.config import Config, ModelConfig
 from ban_fast.errors import UserError
+from ban_fast.models import registry
 
 NOT_GIVEN: dict[str, Any] = dict.fromkeys(["recipe", "config", "out", *flags.FIELDS]) | {"model_option": []}
 
@@ -161,6 +163,18 @@ def test_too_little_memory_names_what_this_network_can_do(model: str, options: d
         assert failures.explain(error, None) == ("out of memory; a smaller --batch-size needs less", 2)
 
 
+def test_too_little_memory_for_the_weights_names_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*numbers: int, **options: Any) -> nn.Module:
+        raise MemoryError
+
+    monkeypatch.setitem(registry.FAMILIES, "mlp-{hidden}", registry.Family(build))
+    with pytest.raises(MemoryError) as caught:
+        registry.create("mlp-8")
+    request = flags.Request(Config(model=ModelConfig(name="mlp-8")))
+    said = "--model: mlp-8 is too large for the memory that there is; choose a smaller one", 2
+    assert failures.explain(caught.value, request) == said
+
+
 class TestResume:
     """The configuration comes from the run; what is given beside it must say the same."""
 
@@ -209,6 +223,9 @@ class TestResume:
             self.resumed(run, **given)
         assert str(raised.value).startswith(message)
         assert str(run) in str(raised.value)
+
+    def test_what_an_older_run_did_not_read_may_be_repeated(self, run: Path) -> None:
+        assert self.resumed(run, lr_decay=0.2, schedule="cosine") == self.resumed(run)
 
     def test_another_file(self, run: Path, tmp_path: Path) -> None:
         other = tmp_path / "other.json"

@@ -52,6 +52,18 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "recipe": (["train", "--recipe", "cifar"], ["--recipe: unknown recipe 'cifar'; did you mean 'cifar1"]),
     "objective": (["train", "--objective", "bann"], ["--objective: unknown value 'bann'; did you mean 'ban'?"]),
     "schedule": (["train", "--schedule", "cosin"], ["--schedule: unknown value 'cosin'; did you mean 'cosine'?"]),
+    "factor of a schedule without": (
+        ["train", "--lr-decay", "0.5"],
+        ["--lr-decay: is for schedules step and plateau; leave it out"],
+    ),
+    "cache of no teacher": (
+        ["train", "--objective", "label", "--teacher", "cache"],
+        ["--teacher: objective 'label' has no teacher; leave it out"],
+    ),
+    "place of no teacher's cache": (
+        ["train", "--students", "label", "--cache-dir", "x"],
+        ["--cache-dir: objective 'label' has no teacher; leave it out"],
+    ),
     "device": (["train", "--device", "gpu"], ["--device: unknown value 'gpu'"]),
     "amp": (["train", "--amp", "fp8"], ["--amp: unknown value 'fp8'; did you mean 'fp16'?"]),
     "step": (["train", "--step", "grph"], ["--step: unknown value 'grph'; did you mean 'graph'?"]),
@@ -98,6 +110,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "data": (["train", "--data", "cifr10"], ["--data: unknown dataset 'cifr10'", "did you mean 'cifar10'?"]),
     "data not there": (["train", "--data", "cifar100", "--data-dir", "."], ["cifar100", "--data-dir"]),
+    "data in a file": (
+        ["train", "--data", "cifar10", "--data-dir", "/dev/null"],
+        ["cifar10 is not in /dev/null (not a directory); name the one that holds cifar-10-batches-py"],
+    ),
+    "text in a file": (
+        ["train", "--data", "ptb", "--data-dir", "/dev/null"],
+        ["ptb is not in /dev/null (not a directory); name the one that holds ptb.train.txt, "],
+    ),
     "model": (["train", "--model", "wrnn-28-1"], ["--model: ", "wrnn-28-1", "did you mean"]),
     "model depth": (["train", "--model", "wrn-29-1"], ["--model: ", "depth 29", "6n+4"]),
     "model factory": (["train", "--model", "no_such_module:make"], ["--model: ", "no_such_module"]),

@@ -50,6 +50,15 @@ end: it may be over already."""
         (["--vary", "data.augmentation=auto,mixup"], ["data.augmentation: mixup changes an image in endless ways"]),
         (["--vary", "objective=ban,bam"], ["--objective: unknown value 'bam'; did you mean 'ban'?"]),
         (["--vary", "objective=ban,cwtm", "--label-weight", "1"], ["--label-weight: is for none of ban, cwtm"]),
+        (["--vary", "lr_decay=0.1,0.5"], ["--lr-decay: is for schedules step and plateau; leave it out"]),
+        (
+            ["--vary", "schedule=cosine,onecycle", "--lr-decay", "0.5"],
+            ["--lr-decay: is for schedules step and plateau; leave it out"],
+        ),
+        (
+            ["--paper", "3", "--schedule", "cosine", "--lr-decay", "0.5"],
+            ["--lr-decay: is for schedules step and plateau; leave it out"],
+        ),
         (["--vary", "recipe=demo,nope"], ["--recipe: unknown recipe 'nope'"]),
         (["--vary", "recipe=demo", "--recipe", "demo"], ["--recipe and --vary recipe each set recipe"]),
         (["--seeds", "0,x"], ["--seeds: must be a whole number, got 'x'"]),

@@ -111,6 +111,19 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
         return iter([(X[0], 1)])
 
 
+class Sizes(IterableDataset):  # type: ignore[type-arg]
+    """Three batches, as its length says, or fewer."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([(X[:size], Y[:size]) for size in self.sizes])
+
+
 class Triples(Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return 4
@@ -169,6 +182,18 @@ class TestWrappedDataLoader:
         assert torch.equal(batch.images, torch.arange(8).view(8, 1) / 255)
         doubles = TensorDataset(torch.rand(8, 1, dtype=torch.float64), torch.arange(8))
         assert next(WrappedDataLoader(DataLoader(doubles, 8)).epoch(0)).images.dtype == torch.float32
+
+    @pytest.mark.parametrize("sizes", [(8, 0, 8), (0, 8, 8)])
+    def test_a_batch_of_no_samples(self, sizes: tuple[int, ...]) -> None:
+        loader = WrappedDataLoader(DataLoader(Sizes(*sizes), batch_size=None))
+        assert loader.sample_shape == (3, 4, 5)
+        with pytest.raises(UserError, match="a batch of the DataLoader has no samples; leave such batches out"):
+            list(loader.epoch(0))
+
+    def test_a_length_and_nothing_else(self) -> None:
+        loader = WrappedDataLoader(DataLoader(Sizes(), batch_size=None))
+        with pytest.raises(UserError, match="ended before its first batch; its length says 3"):
+            _ = loader.sample_shape
 
     def test_leaving_early_ends_the_workers(self) -> None:
         loader = WrappedDataLoader(user_loader(num_workers=1))

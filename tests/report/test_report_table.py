@@ -84,6 +84,9 @@ def test_a_scaled_down_run_says_so(make_run: MakeRun) -> None:
         "scaled down: 512 training images, 256 test images, 6 steps a generation, 2 of the paper's 200 epochs" in shown
     )
     assert "unfinished: 1 of 4 generations" in shown
+    config = recipes.get("cifar10")
+    config.data.val_fraction = 0.125
+    assert "scaled down: 12.5 % of the training images held out" in text(make_run(config, [7.0], validation=True))
     assert "scaled down" not in text(make_run(recipes.get("demo"), [2.0]))
 
 

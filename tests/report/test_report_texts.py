@@ -13,7 +13,8 @@ from ban_fast import recipes, report
 from ban_fast.config import Config
 from ban_fast.errors import UserError
 from ban_fast.evaluation import RunDirectory
-from ban_fast.report import paper, text_figures
+from ban_fast.recipes import changes
+from ban_fast.report import describe, paper, text_figures
 
 
 def figures(perplexity: float) -> dict[str, float]:
@@ -108,6 +109,13 @@ def test_a_scaled_down_run_says_so(tmp_path: Path) -> None:
     small = text(write(tmp_path / "small", recipes.get("ptb-small"), [150.0]))
     assert "scaled down: lstm-200 is no network of the paper's, 6 of the paper's 40 epochs" in " ".join(small.split())
     assert "paper\n" not in small
+    for field, value, said in (
+        ("text.level", "character", "scaled down: read by characters, not by words as the paper's"),
+        ("model.options", {"layers": 1}, "scaled down: lstm-1500 with layers=1 is no network of the paper's"),
+    ):
+        config = recipes.get("ptb-lstm")
+        changes.change(config, {field: value})
+        assert describe.scaled_down(config.to_dict()) == said
     config = recipes.get("ptb-lstm")
     config.epochs = 5
     run = write(tmp_path / "short", config, [100.0, 98.0])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ban_fast import recipes
 from ban_fast.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from ban_fast.errors import OptionError, UserError
 from ban_fast.studies import Study, grammar
@@ -92,6 +93,40 @@ def test_another_network_has_other_options_and_options_can_be_varied() -> None:
     study = Study.vary(base, {"model.options.memory": ["plain", "checkpoint"]})
     assert names(study) == ["memory=plain,seed=0", "memory=checkpoint,seed=0"]
     assert [run.config.model.options["memory"] for run in study.runs] == ["plain", "checkpoint"]
+
+
+def test_options_are_those_of_the_network_beside_them_in_either_order() -> None:
+    base = Config(model=ModelConfig(name="wrn-28-1", options={"memory": "shared"}))
+    axes = {"model.options.dropout": [0.3], "model.name": ["wrn-28-1", "wrn-16-1"]}
+    for keys in (list(axes), list(reversed(axes))):
+        study = Study.vary(base, {key: axes[key] for key in keys})
+        found = {run.config.model.name: run.config.model.options for run in study.runs}
+        assert found == {"wrn-28-1": {"memory": "shared", "dropout": 0.3}, "wrn-16-1": {"dropout": 0.3}}
+
+
+def test_another_schedule_has_none_of_the_plateaus_settings() -> None:
+    study = Study.vary(recipes.get("ptb-cnn-lstm"), {"optimizer.schedule": ["plateau", "cosine"]})
+    found = [(run.config.optimizer.plateau_threshold, run.config.optimizer.plateau_against) for run in study.runs]
+    assert found == [(0.5, "previous"), (0.0, "best")]
+    for keys in (
+        ("optimizer.schedule", "optimizer.plateau_threshold"),
+        ("optimizer.plateau_threshold", "optimizer.schedule"),
+    ):
+        values: dict[str, Any] = {"optimizer.schedule": "cosine", "optimizer.plateau_threshold": 0.5}
+        with pytest.raises(OptionError, match="is for schedule plateau; leave it out"):
+            grammar.configured(Config(), {key: values[key] for key in keys})
+
+
+def test_what_a_run_would_not_read_is_not_varied() -> None:
+    """Its runs would be the same, under other names; what a recipe left behind is no one's mistake."""
+    axes: dict[str, list[Any]] = {"optimizer.lr_decay": [0.1, 0.5]}
+    assert len(Study.vary(Config(), axes).runs) == 2
+    with pytest.raises(OptionError, match="is for schedules step and plateau; leave it out"):
+        Study.vary(recipes.get("demo"), axes)
+    assert grammar.configured(recipes.get("ptb-lstm"), {"optimizer.schedule": "cosine"}).optimizer.lr_decay == 0.25
+    axes = {"objective.name": ["ban", "label"], "teacher.cache_dtype": ["fp32", "bf16"]}
+    with pytest.raises(OptionError, match="objective 'label' has no teacher; leave it out"):
+        Study.vary(Config(), axes)
 
 
 def test_the_base_is_left_as_it_was() -> None:

@@ -34,6 +34,11 @@ def changed(section: str, field: str, value: Any) -> Callable[[Config], None]:
         (changed("data", "augmentation", "crop"), "data.augmentation", "is for images"),
         (changed("", "channels_last", True), "channels_last", "is for images"),
         (changed("", "micro_batch_size", 2), "micro_batch_size", "a smaller --batch-size has fewer streams"),
+        (
+            changed("", "sync_statistics", True),
+            "sync_statistics",
+            "is for images, and .*corpus is a text; leave it out",
+        ),
         (changed("", "compile", True), "step", "does not take recurrent networks"),
         (changed("", "amp", "fp16"), "amp", "on the CPU there are no recurrent networks in fp16; use bf16 or off"),
         (changed("", "batch_size", 99), "batch_size", r"99 streams of 5 .* wider than the text, .*; use \d+ at most"),

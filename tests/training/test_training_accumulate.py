@@ -7,6 +7,7 @@ import torch
 from small_runs import (
     BATCH,
     CLASSES,
+    IMAGES,
     STEPS,
     Recorder,
     StopAt,
@@ -15,8 +16,10 @@ from small_runs import (
     footprint,
     network,
     own,
+    samples,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ban_fast.config import OptimizerConfig, TeacherConfig
 from ban_fast.data import Batch
@@ -78,6 +81,25 @@ def test_batch_norm_is_said_once() -> None:
     run(config(micro_batch_size=5), observer=observer, **own(model=network))
     (said,) = observer.messages
     assert "batch normalisation takes its statistics from micro-batches of 5 images" in said
+
+
+@pytest.mark.parametrize("batch_size", [BATCH, IMAGES + BATCH])
+def test_a_batch_that_is_not_divided_is_whole_to_batch_norm(batch_size: int) -> None:
+    """As large as a micro-batch, or cut down to it by the data."""
+    observer = Recorder()
+    size = min(batch_size, IMAGES)
+    settings = config(batch_size=batch_size, micro_batch_size=size, generations=0, epochs=1)
+    run(settings, observer=observer, **own(model=network))
+    assert not observer.messages
+
+
+@pytest.mark.parametrize(("served", "is_divided"), [(6, False), (24, True)])
+def test_a_dataloader_has_batches_of_its_own_size(served: int, is_divided: bool) -> None:
+    observer = Recorder()
+    loader = DataLoader(TensorDataset(*samples(IMAGES, 0)), batch_size=served)
+    settings = config(micro_batch_size=BATCH, generations=0, epochs=1)
+    run(settings, observer=observer, **own(model=network, train=loader))
+    assert any("batch normalisation" in said for said in observer.messages) == is_divided
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 15, 16, 99])

@@ -118,8 +118,15 @@ def bf16_as_on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("bf16_as_on_a_gpu")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("exit_width", [0, 10])
+@pytest.mark.parametrize(
+    ("exit_width", "dtype"),
+    [
+        (0, torch.bfloat16),
+        (10, torch.float16),
+        pytest.param(0, torch.float16, marks=pytest.mark.slow),
+        pytest.param(10, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_half_precision(exit_width: int, dtype: torch.dtype, device: torch.device) -> None:
     """No further from float64 than eager torch's passes, but for chance: 1.2 times, averaged."""
     given = cases.block(Widths(exit=exit_width), dtype)

@@ -81,7 +81,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert "state carried over the whole split" in text(run)
 
 
-def test_what_compares_with_table_6(tmp_path: Path) -> None:
+def test_what_compares_with_table_6() -> None:
     for name, teacher, student in (
         ("ptb-cnn-lstm", (83.69, 80.05), (80.27, 76.97)),
         ("ptb-lstm", (75.11, 71.87), (71.19, 68.56)),

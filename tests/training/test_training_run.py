@@ -269,7 +269,7 @@ def test_results_json(tmp_path: Path) -> None:
         assert sum(entry["reliability"]["count"]) == TEST_IMAGES
 
 
-def test_figures_are_of_the_final_weights_and_the_votes_of_theirs(tmp_path: Path) -> None:
+def test_figures_are_of_the_final_weights_and_the_votes_of_theirs() -> None:
     """Computed by hand from the networks that `run` returns."""
     results = run(config(), **own())
     x, y = samples(TEST_IMAGES, 1)

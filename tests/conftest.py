@@ -1,5 +1,6 @@
-"""Settings that must be made before torch, typer and rich are first imported."""
+"""Settings that must be made before torch, typer and rich are first imported, and the backends that losses have."""
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -27,6 +28,22 @@ def _the_same_draws() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""In a process of its own, by test_triton_interpreted.py: Triton reads it when it is imported."""
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that serves CPU tensors. One that is built and cannot be used fails its tests."""
+    from ban_fast.backends import dispatch
+
+    name: str = request.param
+    if name == "native" and importlib.util.find_spec("ban_fast._native") is None:
+        pytest.skip("ban_fast._native is not built")
+    assert dispatch.available()[name] is None
+    return name
 
 
 def pytest_unconfigure() -> None:

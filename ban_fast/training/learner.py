@@ -227,8 +227,8 @@ class Learner:
             figures = self._evaluate(split, is_last)
             best = self._better(figures, is_last)
             record["evaluation"] = {"split": split, **figures}
-            if split == self.evaluator.selection:
-                self.plateau.observe(figures[self.evaluator.figure])
+            assert self.config.optimizer.schedule != "plateau" or split == self.evaluator.selection
+            self.plateau.observe(figures[self.evaluator.figure])
         self.best = best
         record["seconds"] = self.seconds
         if self.files is not None:

@@ -4,27 +4,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from reference_truth import KD
 from torch import Tensor
 
 from ban_fast.backends import native
 from ban_fast.backends.interface import LossOutput
 
-KD_DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0,
-    "kd_weight": 1.0,
-    "label_weight": 0.0,
-    "divergence": "kl",
-    "scale_t2": True,
-    "ignore_index": -100,
-    "reduction": "mean",
-    "need_grad": True,
-}
-
 
 def kd(
     student: Tensor, teacher: Tensor, labels: Tensor | None = None, teacher_rows: Tensor | None = None, **options: Any
 ) -> LossOutput:
-    return native.kd(student, teacher, labels, teacher_rows, **{**KD_DEFAULTS, **options})
+    return native.kd(student, teacher, labels, teacher_rows, **{**KD, **options})
 
 
 class Truth(NamedTuple):

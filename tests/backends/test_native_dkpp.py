@@ -3,72 +3,20 @@
 import math
 from typing import Any
 
+import dkpp_truth
 import pytest
 import torch
-from native_cases import KD_DEFAULTS, kd, relative_error
+from native_cases import kd, relative_error
+from reference_truth import KD
 from torch import Tensor
 
 from ban_fast.backends import native
-
-WORD = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9
 
 # Both ends of every form that the kernel has: identity, swap-or-not (n <= 98), Feistel in bytes with tables of up to 64
 # entries (n <= 4096), 128 (halves up to 127: n <= 16,129) and 256 (n <= 65,025), with and without points to walk past,
 # and in words.
 CLASS_COUNTS = [1, 2, 3, 4, 16, 17, 33, 98, 99, 100, 101, 129, 998, 1000, 1001, 4097, 4098, 10_000]
 CLASS_COUNTS += [16_130, 16_131, 32_000, 65_026, 65_027]
-
-
-def mix(x: int) -> int:
-    x ^= x >> 16
-    x = (x * 0x7FEB352D) & WORD
-    x ^= x >> 15
-    x = (x * 0x846CA68B) & WORD
-    return x ^ (x >> 16)
-
-
-def permutation(n: int, seed: int, step: int, sample_id: int) -> list[int]:
-    """The definition, one integer after another."""
-    k0, k1 = 0x243F6A88, 0x85A308D3
-    for number in (seed, step, sample_id):
-        for word in (number & WORD, (number >> 32) & WORD):
-            k0 = (mix(k0 ^ word) + GOLDEN) & WORD
-            k1 = mix((k1 + word) & WORD) ^ k0
-    keys = [mix(k0 ^ mix((k1 + i * GOLDEN) & WORD)) for i in range(48)]
-    return [swap_or_not(x, n, keys) if n <= 98 else feistel(x, n, keys) for x in range(n)]
-
-
-def swap_or_not(x: int, n: int, keys: list[int]) -> int:
-    for i in range(24):
-        partner = (((keys[2 * i] * n) >> 32) - x) % n
-        if mix((max(x, partner) * GOLDEN + keys[2 * i + 1]) & WORD) >> 31:
-            x = partner
-    return x
-
-
-def feistel(x: int, n: int, keys: list[int]) -> int:
-    a = math.isqrt(n)
-    b = -(-n // a)
-    while True:
-        left, right = divmod(x, b)
-        for i in range(10 if n < 1000 else 8):
-            if i % 2 == 0:
-                left = (left + ((mix((right * GOLDEN + keys[i]) & WORD) * a) >> 32)) % a
-            else:
-                right = (right + ((mix((left * GOLDEN + keys[i]) & WORD) * b) >> 32)) % b
-        x = left * b + right
-        if x < n:
-            return x
-
-
-def sources(classes: int, kept: int, seed: int, step: int, sample_id: int) -> list[int]:
-    others = [j for j in range(classes) if j != kept]
-    result = list(range(classes))
-    if classes > 2:
-        for x, y in enumerate(permutation(classes - 1, seed, step, sample_id)):
-            result[others[x]] = others[y]
-    return result
 
 
 @pytest.mark.parametrize("classes", CLASS_COUNTS)
@@ -79,7 +27,7 @@ def test_permutation_is_its_definition(classes: int) -> None:
     ids = torch.tensor([i * 0x1_0000_0001 - 7 for i in range(rows)])
     result = native.dkpp_permutation(argmax, ids, step, seed=seed, num_classes=classes)
     for row in range(rows):
-        assert result[row].tolist() == sources(classes, int(argmax[row]), seed, step, int(ids[row]))
+        assert result[row].tolist() == dkpp_truth.sources(int(argmax[row]), classes, seed, step, int(ids[row]))
 
 
 def test_row_numbers_stand_for_ids_and_a_tensor_for_the_step() -> None:
@@ -101,7 +49,7 @@ def test_loss_is_kd_against_the_permuted_row(classes: int, dtype: torch.dtype) -
     labels = torch.arange(rows) % classes
     labels[1::7] = -100
     ids = torch.arange(rows) * 1_000_003
-    options: dict[str, Any] = {**KD_DEFAULTS, "temperature": 2.0, "label_weight": 0.5}
+    options: dict[str, Any] = {**KD, "temperature": 2.0, "label_weight": 0.5}
     output = native.dkpp(student, cache, labels, ids, 9, teacher_rows, seed=5, **options)
 
     teacher = cache[teacher_rows]

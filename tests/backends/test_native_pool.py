@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from native_cases import KD_DEFAULTS, kd
+from native_cases import kd
+from reference_truth import KD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -276,7 +277,7 @@ def test_blocks_are_aligned_to_pages_and_keep_their_bytes() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_every_dtype_and_targets(dtype: torch.dtype) -> None:
     student, teacher = (logits.to(dtype) for logits in inputs(rows=600))
-    output = native.kd(student, teacher, None, None, **KD_DEFAULTS)
+    output = native.kd(student, teacher, None, None, **KD)
     assert output.grad is not None
     assert output.grad.dtype == dtype
     assert output.grad.shape == student.shape

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from native_cases import KD_DEFAULTS, kd
+from native_cases import kd
+from reference_truth import KD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,7 +42,7 @@ def inputs(rows: int = 203, classes: int = 1001) -> tuple[Tensor, Tensor, Tensor
 
 def every_function() -> list[Tensor]:
     student, teacher, labels = inputs()
-    options: dict[str, Any] = {**KD_DEFAULTS, "label_weight": 0.5, "temperature": 2.0}
+    options: dict[str, Any] = {**KD, "label_weight": 0.5, "temperature": 2.0}
     distilled = native.kd(student, teacher, labels, None, **options)
     permuted = native.dkpp(student, teacher, labels, None, 3, None, seed=1, **options)
     arguments = (student, teacher, labels, None, None, None)

@@ -57,7 +57,7 @@ def test_all_have_the_same_gradient(provider: str) -> None:
     assert densenet.off(densenet.Step(provider, SMALL, "cpu"), plain) <= densenet.LIMITS[False]
 
 
-def test_processes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_take_turns() -> None:
     """And who fails, or has another gradient, has no time."""
     entries = densenet.times((PLAIN, SHARED, "compile no such mode"), SMALL, "cpu", rounds=2)
     assert [len(each["laps_s"]) for each in entries.values()] == [2, 2, 0]

@@ -142,9 +142,7 @@ def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("device", "lap", "rounds"), [("cpu", 2.0, 10), ("cpu", 30.0, 7), ("cpu", 0.1, 41), ("cuda", 2.0, 7)]
 )
-def test_rounds_fill_a_minute_on_a_cpu(
-    device: str, lap: float, rounds: int, monkeypatch: pytest.MonkeyPatch, made: dict[str, Any]
-) -> None:
+def test_rounds_fill_a_minute_on_a_cpu(device: str, lap: float, rounds: int, made: dict[str, Any]) -> None:
     """Three trainers of so many seconds an epoch; on a GPU seven rounds do."""
     made |= {"a": lap, "b": lap, COMPOSED: lap}
     found = step.measure(SMALL, device)

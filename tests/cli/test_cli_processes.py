@@ -185,7 +185,7 @@ def test_a_full_disk(start: Start, tmp_path: Path, limit: int) -> None:
         assert resumed.status == 0, resumed
 
 
-def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start, tmp_path: Path) -> None:
+def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start) -> None:
     master, slave = pty.openpty()
     process = start("train", *SMALL, "--out", "run", stderr=slave, env={"TERM": "xterm", "COLUMNS": "100"})
     os.close(slave)
@@ -210,7 +210,7 @@ def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start
     assert "images/s" not in out
 
 
-def test_a_narrow_terminal_cuts_no_figure(start: Start, tmp_path: Path) -> None:
+def test_a_narrow_terminal_cuts_no_figure(start: Start) -> None:
     """It wraps lines instead."""
     said = finish(start("train", *SMALL, "--out", "run"))
     master, slave = pty.openpty()

@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_configuration(call: Call, stopped: Path, tmp_pa
     assert tree(stopped) == before
 
 
-def test_a_failure_of_ours_has_status_1(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failure_of_ours_has_status_1(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object, **more: object) -> None:
         raise ZeroDivisionError("division\nby zero")
 

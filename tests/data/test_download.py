@@ -113,7 +113,7 @@ def test_download_verify_unpack(
 
 
 def test_what_is_there_is_read_and_kept(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, cifar10: Path, archive: bytes
+    server: Server, monkeypatch: pytest.MonkeyPatch, cifar10: Path, archive: bytes
 ) -> None:
     publish(server, monkeypatch, archive)
     for place in (cifar10, cifar10.parent):

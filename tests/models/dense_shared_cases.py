@@ -18,6 +18,13 @@ def norms(network: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
+def frozen_norms(network: nn.Module) -> None:
+    """Some normalise by their running statistics in the midst of training."""
+    for norm in norms(network)[::2]:
+        norm.eval()
+        norm.requires_grad_(False)
+
+
 def make(memory: str, units=UNITS, growth=GROWTH, final_transition: bool = True, **arguments) -> nn.Module:
     """A network in fp64, the same for every memory, away from the initial scales, biases and statistics."""
     torch.manual_seed(0)

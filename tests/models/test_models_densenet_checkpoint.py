@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from dense_shared_cases import frozen_norms, norms
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,10 +53,6 @@ def assert_same(plain: nn.Module, checkpoint: nn.Module, run: Callable[[nn.Modul
     assert torch.equal(expected, got)
     for a, b in zip(state(plain), state(checkpoint), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
-
-
-def norms(network: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def count_recomputed(monkeypatch: pytest.MonkeyPatch) -> list[None]:
@@ -192,12 +189,6 @@ def test_norms_without_statistics():
             norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
     assert_same(*pair(change))
-
-
-def frozen_norms(network):
-    for norm in norms(network)[::2]:
-        norm.eval()
-        norm.requires_grad_(False)
 
 
 def frozen_stem_and_first_unit(network):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_shared_cases import assert_same, images, norms, step
+from dense_shared_cases import assert_same, frozen_norms, images, norms, step
 from torch import nn
 
 
@@ -34,13 +34,6 @@ def without_half_of_scale_and_bias(network):
             norm.bias = None
         elif i % 3 == 1:
             norm.weight = None
-
-
-def frozen_norms(network):
-    """Some normalise by their running statistics in the midst of training."""
-    for norm in norms(network)[::2]:
-        norm.eval()
-        norm.requires_grad_(False)
 
 
 def norms_of_the_3x3_in_eval_mode(network):

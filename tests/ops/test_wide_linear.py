@@ -35,6 +35,16 @@ def test_without_autocast_it_is_torch_s(dtype: torch.dtype) -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_leaves_double_precision_alone(dtype: torch.dtype) -> None:
+    tensors = operands(torch.float64)
+    with torch.autocast("cpu", dtype):
+        found = derivatives(wide_linear, tensors)
+    for got, expected in zip(found, derivatives(F.linear, tensors), strict=True):
+        assert got.dtype == torch.float64
+        assert torch.equal(got, expected)
+
+
 def exact(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
     return derivatives(F.linear, [tensor.detach().to(dtype).double().requires_grad_() for tensor in tensors])
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from ban_fast.config import Config
 from ban_fast.evaluation import RunDirectory
@@ -100,3 +101,12 @@ def write_run(
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (path / f"generation-{number}" / "metrics.jsonl").write_text(text)
     return RunDirectory(path)
+
+
+def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Points of each labelled line."""
+    return {
+        str(line.get_label()): list(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))  # type: ignore[arg-type]
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    }

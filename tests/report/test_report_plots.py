@@ -5,25 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from report_runs import MakeRun
+from report_runs import MakeRun, series
 
 from ban_fast import recipes, report
 from ban_fast.errors import UserError
 from ban_fast.report import figures, style
 
 ALL = ["error-by-generation.png", "learning-curves.png", "reliability.png"]
-
-
-def series(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    """Points of each labelled line."""
-    return {
-        str(line.get_label()): list(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))  # type: ignore[arg-type]
-        for line in axes.lines
-        if not str(line.get_label()).startswith("_")
-    }
 
 
 def words(figure: Figure) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
+from report_runs import series
 from rich.console import Console
 
 from ban_fast import recipes, report
@@ -60,14 +60,6 @@ def rows(run: RunDirectory) -> dict[str, list[str]]:
     return {words[0]: words[1:] for line in text(run).splitlines() if (words := line.split())}
 
 
-def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    return {
-        str(line.get_label()): list(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))  # type: ignore[arg-type]
-        for line in axes.lines
-        if not str(line.get_label()).startswith("_")
-    }
-
-
 def test_the_table(tmp_path: Path) -> None:
     run = write(tmp_path / "run", recipes.get("ptb-lstm"), [73.0, 69.5, 68.0], {(1, 2): 66.0})
     found = rows(run)
@@ -82,7 +74,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert "state carried over the whole split" in text(run)
 
 
-def test_what_compares_with_table_6(tmp_path: Path) -> None:
+def test_what_compares_with_table_6() -> None:
     for name, teacher, student in (
         ("ptb-cnn-lstm", (83.69, 80.05), (80.27, 76.97)),
         ("ptb-lstm", (75.11, 71.87), (71.19, 68.56)),
@@ -120,7 +112,7 @@ def test_a_scaled_down_run_says_so(tmp_path: Path) -> None:
     config.epochs = 5
     run = write(tmp_path / "short", config, [100.0, 98.0])
     assert "scaled down: 5 of the paper's 40 epochs" in text(run)
-    drawn = lines(text_figures.perplexity_by_generation(run.config(), run.results()).axes[0])
+    drawn = series(text_figures.perplexity_by_generation(run.config(), run.results()).axes[0])
     assert not any("paper" in name for name in drawn)
 
 
@@ -128,17 +120,17 @@ def test_the_plots(tmp_path: Path) -> None:
     run = write(tmp_path / "run", recipes.get("ptb-lstm"), [73.0, 69.5], {(0, 1): 66.0})
     names = ["perplexity-by-generation.png", "learning-curves.png"]
     assert [path.name for path in report.plots(run, tmp_path / "out")] == names
-    drawn = lines(text_figures.perplexity_by_generation(run.config(), run.results()).axes[0])
+    drawn = series(text_figures.perplexity_by_generation(run.config(), run.results()).axes[0])
     assert drawn["test, one network"] == [(0, 73.0), (1, 69.5)]
     assert drawn["validation, one network"] == [(0, 77.0), (1, 73.5)]
     assert [y for _, y in drawn["the paper's, test"]] == [71.87, 68.56]
     assert [y for _, y in drawn["the paper's, validation"]] == [75.11, 71.19]
     curves = {number: run.metrics(number) for number in (0, 1)}
     left, middle, right = text_figures.learning_curves(run.config(), run.results(), curves).axes
-    assert [x for x, _ in lines(left)["teacher"]] == [1, 2, 3, 4]
-    assert lines(left)["teacher"][2][1] == 76.0
-    assert lines(middle)["BAN-1"] == [(x, pytest.approx(math.exp(4.9))) for x in (1, 2, 3, 4)]
-    assert [y for _, y in lines(right)["teacher"]] == [0.25**epoch for epoch in (1, 2, 3, 4)]
+    assert [x for x, _ in series(left)["teacher"]] == [1, 2, 3, 4]
+    assert series(left)["teacher"][2][1] == 76.0
+    assert series(middle)["BAN-1"] == [(x, pytest.approx(math.exp(4.9))) for x in (1, 2, 3, 4)]
+    assert [y for _, y in series(right)["teacher"]] == [0.25**epoch for epoch in (1, 2, 3, 4)]
 
 
 def test_an_unfinished_run_has_its_curves(tmp_path: Path) -> None:

@@ -98,6 +98,12 @@ def test_what_dies_is_tried_again_so_often_and_no_more(study: Study, play: Play,
     assert sum(kind == "done" for _, kind, _ in heard.ended) == 5
 
 
+def test_what_died_goes_on_before_others_begin(study: Study, play: Play) -> None:
+    fates = {names(study, 1)[0]: [DIED, DIED, DONE]}
+    _, _, heard = play(study, lambda name: fates[name].pop(0) if name in fates else DONE, room=1)
+    assert [name for name, _ in heard.started] == names(study, 0, 1, 1, 1, 2, 3, 4, 5)
+
+
 def test_a_second_try_may_do(study: Study, play: Play) -> None:
     fates = {name: [DIED, STOPPED, DONE] for name in names(study, 0, 4)}
     _, failed, heard = play(study, lambda name: fates[name].pop(0) if name in fates else DONE)

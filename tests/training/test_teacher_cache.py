@@ -95,7 +95,7 @@ def test_in_memory_where_there_is_no_directory() -> None:
 @pytest.mark.parametrize(
     ("dtype", "name", "rounding"), [(torch.float16, "fp16", 2**-11), (torch.bfloat16, "bf16", 2**-8)]
 )
-def test_rows_in_half_precision(dtype: torch.dtype, name: str, rounding: float, tmp_path: Path) -> None:
+def test_rows_in_half_precision(dtype: torch.dtype, name: str, rounding: float) -> None:
     """Each logit is rounded once; the loss moves by the logits' largest rounding at most, twice (p and log p)."""
     live, cached, batch = pair(rows=MemoryRows(CLASSES, dtype, CPU))
     exact, kept = live(batch).logits, cached(batch)

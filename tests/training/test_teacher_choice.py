@@ -167,6 +167,14 @@ def test_what_a_cache_is_known_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     own = place(weights[0], {})
     assert place(weights[0], {"seed": 5, "epochs": 3, "objective": "dkpp", "step": "eager"}) == own
     others = {"weights": place(weights[1], {})} | {name: place(weights[0], each) for name, each in ANOTHER.items()}
+    for name, target, value in (
+        ("processor", "ban_fast.training.cache_worth.device_name", lambda device: "another, AVX2"),
+        ("torch", "torch.__version__", "2.0.0"),
+    ):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(target, value)
+            others[name] = place(weights[0], {})
+    assert place(weights[0], {}) == own
     assert len({own, *others.values()}) == 1 + len(others)
 
 

@@ -1,6 +1,7 @@
 """A language model's kept outputs are its live ones, to the bit, wherever the text was left and whatever was kept."""
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,23 @@ def test_rows_that_were_lost_are_computed_again(text: Path, tmp_path: Path, poin
     shutil.rmtree(tmp_path / "lost" / "teacher-cache")
     run(settings(text), out=tmp_path / "lost", resume=True)
     assert but_for_teachers(footprint(tmp_path / "lost")) == but_for_teachers(footprint(tmp_path / "whole"))
+
+
+def test_a_window_out_of_turn_is_read_after_all_before_it(text: Path) -> None:
+    """A state that some other window has left is not carried into it, nor into the rows that are kept."""
+    config = settings(text)
+    task = make_task(config, CPU)
+    network = task.network(generation_seed(0, 0))
+    windows = list(islice(task.train(0).epoch(0), 7))
+    teacher, _ = choose_teacher(network, config, task, task.train(0), ["ban+l"], None, bytes(8))
+    for number in (5, 0, 6):
+        taught, state = teacher(windows[number]), None
+        for window in windows[: number + 1]:
+            with torch.no_grad():
+                logits, state = network(window.images, state)
+        assert taught.logits is not None
+        assert torch.equal(taught.logits[taught.rows], logits.flatten(0, 1))
+    teacher.close()
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_nothing_is_chosen_on_the_test_split(text: Path, tmp_path: Path) -> None
     assert runs[0][1]["best"]["valid"] == runs[1][1]["best"]["valid"]
 
 
-def test_the_best_epochs_figures_are_its_own(text: Path, tmp_path: Path) -> None:
+def test_the_best_epochs_figures_are_its_own(text: Path) -> None:
     """A run that ends with the best epoch of a longer one ends in what the longer one says of it."""
     optimizer = OptimizerConfig(
         lr=8.0, momentum=0.0, nesterov=False, weight_decay=0.0, schedule="constant", clip_norm=30.0

@@ -54,7 +54,7 @@ def test_a_run_that_has_a_teacher_keeps_it(teacher: Path, tmp_path: Path) -> Non
         assert footprint(path) == footprint(tmp_path / "whole")
 
 
-def test_a_teacher_without_a_run_directory_of_its_own(teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_without_a_run_directory_of_its_own(teacher: Path) -> None:
     adopted = run(config("cwtm"), teacher_from=teacher, **own())
     whole = run(config("cwtm"), **own())
     for mine, theirs in zip(adopted.models, whole.models, strict=True):

@@ -1,29 +1,16 @@
-"""What the CUDA kernels owe, wherever they run: in the emulator on the CPU, and on a GPU.
-
-Truth is the reference backend on float64 copies of the same bits, on the CPU; it is itself held to independent float64
-and 60-digit formulas in tests/losses.
-"""
+"""What the CUDA kernels owe, wherever they run: in the emulator on the CPU, and on a GPU."""
 
 from typing import Any
 
 import pytest
 import torch
+from reference_truth import KD, truth
 from torch import Tensor
 
 from ban_fast.backends import native_cuda, reference
 from ban_fast.backends.interface import LossOutput
 
 INF = float("inf")
-KD: dict[str, Any] = {
-    "temperature": 1.0,
-    "kd_weight": 1.0,
-    "label_weight": 0.0,
-    "divergence": "kl",
-    "scale_t2": True,
-    "ignore_index": -100,
-    "reduction": "mean",
-    "need_grad": True,
-}
 CWTM: dict[str, Any] = {"weight_by": "teacher_max", "ignore_index": -100, "need_grad": True}
 
 ROWS, CACHE = 5, 9
@@ -79,14 +66,6 @@ def labels_of(classes: int, rows: int = ROWS) -> Tensor:
     labels = torch.arange(rows) * 7 % classes
     labels[2] = -100
     return labels
-
-
-def truth(name: str, *tensors: Any, **options: Any) -> LossOutput:
-    return getattr(reference, name)(*(_wide(value) for value in tensors), **options)
-
-
-def _wide(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_contract import CWTM, KD, TEACHER_ROWS, Contract, labels_of, logits
+from cuda_contract import CWTM, TEACHER_ROWS, Contract, labels_of, logits
 from cuda_emulated import Device, Emulated, build, installed
+from reference_truth import KD
 from torch import Tensor
 
 from ban_fast.backends import native_cuda

@@ -1,26 +1,14 @@
-"""Truth for the Triton backend: the reference backend on float64 copies of the same bits, on the CPU.
-
-(The reference itself is held to independent float64 and 60-digit formulas in tests/losses.)
-"""
+"""What the Triton backend's answers are held to, and the logits that they are asked about."""
 
 from typing import Any
 
 import torch
+from reference_truth import KD
 from torch import Tensor
 
-from ban_fast.backends import reference, triton
+from ban_fast.backends import triton
 from ban_fast.backends.interface import LossOutput
 
-KD: dict[str, Any] = {
-    "temperature": 1.0,
-    "kd_weight": 1.0,
-    "label_weight": 0.0,
-    "divergence": "kl",
-    "scale_t2": True,
-    "ignore_index": -100,
-    "reduction": "mean",
-    "need_grad": True,
-}
 DKPP: dict[str, Any] = KD | {"seed": 0}
 CWTM: dict[str, Any] = {"ignore_index": -100, "need_grad": True}
 LOSS_ERROR = 3e-6
@@ -51,11 +39,6 @@ def logits(rows: int, classes: int, regime: str, seed: int = 0) -> tuple[Tensor,
     return 12 * noise, 12 * teacher
 
 
-def truth(name: str, tensors: tuple[Any, ...], **options: Any) -> Any:
-    """The reference's answer for float64 copies; a confidence or a normaliser is widened too."""
-    return getattr(reference, name)(*(_wide(t) for t in tensors), **options)
-
-
 def found(name: str, tensors: tuple[Any, ...], device: torch.device, **options: Any) -> Any:
     """The Triton backend's answer on `device`, brought to the CPU; a loss's gradient in fp64, grad_scale applied."""
     output = getattr(triton, name)(*(t.to(device) if isinstance(t, Tensor) else t for t in tensors), **options)
@@ -79,7 +62,3 @@ def assert_close(
         size = wanted.grad.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
         worst = ((got.grad - wanted.grad) / size).abs().max()
         assert worst <= gradient, worst
-
-
-def _wide(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference_truth import KD, truth
 from torch import Tensor
-from triton_truth import CWTM, DKPP, KD, assert_close, logits, truth
+from triton_truth import CWTM, DKPP, assert_close, logits
 
 from ban_fast.backends import triton
 from ban_fast.backends.interface import LossOutput
@@ -39,18 +40,18 @@ def call(
     by_reference: bool = False,
 ) -> LossOutput:
     """One loss, reduction "none" where there is one, by Triton or the truth."""
-    compute = truth if by_reference else lambda name, tensors, **options: getattr(triton, name)(*tensors, **options)
+    compute = truth if by_reference else lambda name, *tensors, **options: getattr(triton, name)(*tensors, **options)
     weight = {"label_weight": 0.5 if labels is not None else 0.0, "reduction": "none", "temperature": 3.0}
     if loss == "kd":
-        return compute("kd", (student, teacher, labels, rows), **KD | weight)  # type: ignore[no-any-return]
+        return compute("kd", student, teacher, labels, rows, **KD | weight)  # type: ignore[no-any-return]
     if loss == "dkpp":
         step = torch.tensor(5, device=student.device)
-        return compute("dkpp", (student, teacher, labels, None, step, rows), **DKPP | weight)  # type: ignore[no-any-return]
+        return compute("dkpp", student, teacher, labels, None, step, rows, **DKPP | weight)  # type: ignore[no-any-return]
     options = CWTM | {"weight_by": "teacher_max"}
     if loss == "cwtm":
-        return compute("cwtm", (student, teacher, labels, None, None, rows), **options)  # type: ignore[no-any-return]
+        return compute("cwtm", student, teacher, labels, None, None, rows, **options)  # type: ignore[no-any-return]
     confidence = surrounded(teacher.softmax(1).amax(1).float(), student.device)
-    return compute("cwtm", (student, None, labels, confidence, None, rows), **options)  # type: ignore[no-any-return]
+    return compute("cwtm", student, None, labels, confidence, None, rows, **options)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -109,7 +110,7 @@ def test_a_mean_with_a_row_out_of_range_is_nan_and_counts_it(loss: str, device: 
     got = on_cpu(getattr(triton, loss)(*on_device, *key, None, **options))
     assert got.loss.isnan()
     ids = (torch.tensor([0, 3]),) if loss == "dkpp" else ()
-    wanted = truth(loss, (student[[0, 3]], teacher[[0, 3]], labels[[0, 3]], *ids, *key[1:], None), **options)
+    wanted = truth(loss, student[[0, 3]], teacher[[0, 3]], labels[[0, 3]], *ids, *key[1:], None, **options)
     torch.testing.assert_close(got.grad[[0, 3]].double(), wanted.grad * 2 / 3, rtol=1e-5, atol=1e-9)  # of 3, not 2
 
 

@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 import torch
+from reference_truth import truth
 from torch import Tensor
-from triton_truth import CWTM, assert_close, found, logits, truth
+from triton_truth import CWTM, assert_close, found, logits
 
 from ban_fast.backends.triton import config
 
@@ -45,7 +46,7 @@ def case(
 )
 def test_cwtm_is_accurate(classes: int, source: str, device: torch.device) -> None:
     tensors, options = case(5 if classes < 2000 else 3, classes, source)
-    assert_close(found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options))
+    assert_close(found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options))
 
 
 @pytest.mark.slow
@@ -57,7 +58,7 @@ def test_cwtm_in_every_dtype_and_plan(source: str, dtype: torch.dtype, device: t
         tensors, options = case(6, classes, source, dtype=dtype)
         bounds = {"loss": 1e-12} if dtype == torch.float64 else {}
         assert_close(
-            found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options), gradient=unit, **bounds
+            found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options), gradient=unit, **bounds
         )
 
 
@@ -68,7 +69,7 @@ def test_cwtm_of_far_logits(source: str, device: torch.device) -> None:
         tensors, options = case(6, classes, source, regime="far")
         # Eq 9's weight is exp(log p - log sum), both near 100 in fp32: 2 * 100 * 2^-24, and the cross-entropy's own.
         bounds = {"loss": 2e-5, "gradient": 2e-5}
-        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options), **bounds)
+        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options), **bounds)
 
 
 @pytest.mark.parametrize("source", ["given", *(pytest.param(name, marks=SLOW) for name in SOURCES[1:])])
@@ -76,7 +77,7 @@ def test_a_large_batch_adds_its_confidences_up_first(source: str, device: torch.
     rows = 2100
     assert rows > config.cross_entropy_plan(3, aligned=False, double=False).counted_below
     tensors, options = case(rows, 3, source)
-    assert_close(found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options))
+    assert_close(found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options))
 
 
 def test_rows_without_teacher_rows_and_strided_vectors(device: torch.device) -> None:
@@ -87,7 +88,7 @@ def test_rows_without_teacher_rows_and_strided_vectors(device: torch.device) -> 
             confidence = torch.stack([confidence, confidence], 1)[:, 1]
         wide = student.T.contiguous().T
         tensors = (wide, teacher if teacher is None else teacher.T.contiguous().T, spread, confidence, normalizer, None)
-        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options))
+        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options))
 
 
 def test_a_vanishing_confidence_weighs_nothing(device: torch.device) -> None:
@@ -98,14 +99,14 @@ def test_a_vanishing_confidence_weighs_nothing(device: torch.device) -> None:
             teacher[rows[row], labels[row].clamp_min(0)] -= gap
         tensors: tuple[Any, ...] = (student, teacher, labels, None, None, rows)
         bounds = {"loss": 2e-5, "gradient": 2e-5}  # exp(c - log sum) where c is -150 in fp32: 150 * 2^-24, and more
-        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options), **bounds)
+        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options), **bounds)
         confidence = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0])
         student[2, int(labels[2])] = -torch.inf
         tensors = (student, None, labels, confidence, None, None)
         options = CWTM | {"weight_by": "teacher_max"}
         got = found("cwtm", tensors, device, **options)
         assert got.loss.isfinite()
-        assert_close(got, truth("cwtm", tensors, **options))
+        assert_close(got, truth("cwtm", *tensors, **options))
 
 
 def test_fp16_gradients_of_cwtm_are_stored_as_large_as_fits(device: torch.device) -> None:
@@ -114,14 +115,14 @@ def test_fp16_gradients_of_cwtm_are_stored_as_large_as_fits(device: torch.device
         got = found("cwtm", tensors, device, **options)
         assert got.grad_scale is not None
         assert torch.frexp(got.grad_scale)[0] == 0.5
-        assert_close(got, truth("cwtm", tensors, **options), gradient=2**-10)
+        assert_close(got, truth("cwtm", *tensors, **options), gradient=2**-10)
 
 
 def test_few_programs_of_cwtm_take_many_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "MAX_PROGRAMS", 3)
     for source in SOURCES:
         tensors, options = case(50, 10, source)
-        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", tensors, **options))
+        assert_close(found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options))
 
 
 def test_cwtm_of_empty_and_ignored_batches_and_forward_only(device: torch.device) -> None:

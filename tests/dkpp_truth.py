@@ -28,10 +28,7 @@ class Permutation:
             for word in (number & WORD, number >> 32 & WORD):
                 k0 = mix(k0 ^ word) + GOLDEN & WORD
                 k1 = mix(k1 + word & WORD) ^ k0
-        self.key = k0, k1
-
-    def round_key(self, i: int) -> int:
-        return mix(self.key[0] ^ mix(self.key[1] + i * GOLDEN & WORD))
+        self.keys = [mix(k0 ^ mix(k1 + i * GOLDEN & WORD)) for i in range(48)]
 
     def __call__(self, x: int) -> int:
         if self.n < 2:
@@ -40,10 +37,10 @@ class Permutation:
 
     def swap_or_not(self, x: int) -> int:
         for i in range(24):
-            y = (self.round_key(2 * i) * self.n >> 32) - x
+            y = (self.keys[2 * i] * self.n >> 32) - x
             if y < 0:
                 y += self.n
-            if mix(max(x, y) * GOLDEN + self.round_key(2 * i + 1) & WORD) >> 31:
+            if mix(max(x, y) * GOLDEN + self.keys[2 * i + 1] & WORD) >> 31:
                 x = y
         return x
 
@@ -53,7 +50,7 @@ class Permutation:
         while True:
             left, right = divmod(x, b)
             for i in range(10 if self.n < 1000 else 8):
-                key = self.round_key(i)
+                key = self.keys[i]
                 if i % 2 == 0:
                     left = (left + (mix(right * GOLDEN + key & WORD) * a >> 32)) % a
                 else:

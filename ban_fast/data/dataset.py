@@ -83,8 +83,6 @@ class Dataset(Generic[AnySplit]):
     """Of each channel, in units of 0..255."""
     padding: int
     """Pixels that a random crop may move an image by, in each direction."""
-    crop: bool
-    """Whether augmentation "auto" crops."""
     flip: bool
     """Whether augmentation "auto" flips from left to right."""
     train: AnySplit
@@ -143,8 +141,6 @@ class Source:
     std: tuple[float, ...] | None
     """Likewise."""
     padding: int
-    """As in `Dataset`."""
-    crop: bool
     """As in `Dataset`."""
     flip: bool
     """As in `Dataset`."""

@@ -111,7 +111,6 @@ def _divided(
         mean=mean,
         std=std,
         padding=source.padding,
-        crop=source.crop,
         flip=source.flip,
         train=train_split,
         validation=None if validation is None else split(source.train, validation),

@@ -313,13 +313,8 @@ def _dataset_evaluation(config: Config, dataset: Dataset[Any], device: torch.dev
 def _augmentation(config: DataConfig, dataset: Dataset[Any]) -> Augmentation | None:
     if config.augmentation == "none":
         return None
-    crop = dataset.crop if config.augmentation == "auto" else True
     flip = dataset.flip if config.augmentation == "auto" else config.augmentation == "crop+flip"
-    if not (crop or flip):
-        return None
-    return Augmentation(
-        padding=dataset.padding if crop else 0, flip=flip, fill="reflect" if config.padding == "reflect" else "zero"
-    )
+    return Augmentation(padding=dataset.padding, flip=flip, fill="reflect" if config.padding == "reflect" else "zero")
 
 
 def _on_device(split: Split | StoredSplit, device: torch.device) -> Split | StoredSplit:

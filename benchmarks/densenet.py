@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ban_fast import models
+from ban_fast.errors import first_line
 from benchmarks import cuda, machine, targets
 from benchmarks.densenet_figures import (
     AUTOTUNED,
@@ -231,7 +232,7 @@ def serve(providers: Sequence[str], case: Case, device: str) -> None:
         except TookTooLong:
             reply = {"failed": f"left out: not built within {request['most']:.0f} s"}
         except Exception as error:
-            reply = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            reply = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         if "failed" in reply:
             steps.pop(provider, None)
         print(json.dumps(reply), file=replies, flush=True)

@@ -26,6 +26,7 @@ import torch
 
 from ban_fast import data
 from ban_fast.data import Split
+from ban_fast.errors import first_line
 from benchmarks import machine, targets
 from benchmarks.harness import TookTooLong, interleave, quantiles, rounds_for, time_limit
 from benchmarks.step_figures import (
@@ -153,7 +154,7 @@ def _ready(
         entry["failed"] = f"left out: not ready within {most:.0f} s"
         return None
     except Exception as error:
-        entry["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        entry["failed"] = f"{type(error).__name__}: {first_line(error)}"
         return None
     entry["first_s"] = time.perf_counter() - begin
     return trainer if entry["off"] is None or entry["off"] <= LIMITS[device] else None

@@ -25,7 +25,7 @@ from ..data import (
     WrappedDataLoader,
     open_loader,
 )
-from ..errors import OptionError, UserError
+from ..errors import OptionError, UserError, first_line
 from .distributed import ALONE, Ranks
 from .evaluator import Evaluator, ImageEvaluator
 from .parallel import check_shares
@@ -407,11 +407,6 @@ def _output_width(network: nn.Module, shape: tuple[int, ...], device: torch.devi
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the network must return logits [B, classes], got {got} for 2 samples")
     return logits.shape[1]
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message, or its type's name."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _count(loader: Loader) -> int | None:

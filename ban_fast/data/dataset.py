@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
+from . import hashing
+
 if TYPE_CHECKING:
     from .beton import Beton
 
@@ -124,9 +126,7 @@ class _Rows:
 
 def _hash(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().numpy().data)
+    hashing.add(digest, *tensors)
     return digest.hexdigest()
 
 

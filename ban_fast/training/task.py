@@ -23,6 +23,7 @@ from ..data import (
     StoredSplit,
     TensorLoader,
     WrappedDataLoader,
+    hashing,
     open_loader,
 )
 from ..errors import OptionError, UserError, first_line
@@ -287,9 +288,8 @@ def _own_views(samples: Samples) -> Views | None:
 def hash_of(tensors: Iterable[Tensor], text: str) -> str:
     """Of their types, shapes and bytes, and a text."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for tensor in tensors:  # one at a time: they may be read from files
+        hashing.add(digest, tensor)
     return digest.hexdigest()
 
 

@@ -1,7 +1,6 @@
 """The sequence of teaching selves (Furlanello et al. 2018, eqs. 1-4): a teacher, its students, and their vote."""
 
 import gc
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from ..data import KeyedLoader, Loader
 from ..errors import OptionError, UserError
 from .adoption import adopt_teacher
 from .cache_fill import fill_ahead
+from .cache_store import NOBODY, owner_of
 from .cache_worth import check_cache
 from .compiled import check_compiler
 from .distributed import Ranks, joined
@@ -265,8 +265,8 @@ def _teachers(
 def _owner(home: Path | None, config: Config) -> bytes:
     """Tells a run's own rows from those of others in a place that they share."""
     if home is None or config.teacher.cache_directory is None:
-        return bytes(8)
-    return hashlib.blake2b(str(home.resolve()).encode(), digest_size=8).digest()
+        return NOBODY
+    return owner_of(home)
 
 
 def _plan(config: Config, task: Task, finished: int) -> Plan:

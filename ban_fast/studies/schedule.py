@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..config import Config
+from ..data.folder import cores
 from ..errors import UserError
 from ..evaluation.run_directory import CONFIG, RunDirectory
 from ..training import Interrupted
@@ -17,7 +18,7 @@ from ..training.run_store import config_differences
 from . import sharing
 from .engines import ENGINES, Engine, LocalPool
 from .on_ray import RayEngine, is_asked_for
-from .resources import Resources, cores_here, gpus_here, local_slots, threads_asked
+from .resources import Resources, gpus_here, local_slots, threads_asked
 from .study import STUDY, Study, StudyRun
 from .worker import Outcome
 
@@ -144,7 +145,7 @@ def _engine(name: str, directory: Path, asked: Resources, study: Study) -> Engin
     wants_gpus = any(run.config.device != "cpu" for run in study.runs)
     if name == "ray" or (name == "auto" and is_asked_for()):
         return RayEngine(directory, asked, wants_gpus)
-    slots = local_slots(asked, cores_here(), gpus_here() if wants_gpus else [], threads_asked())
+    slots = local_slots(asked, cores(), gpus_here() if wants_gpus else [], threads_asked())
     return LocalPool(directory, slots)
 
 

@@ -9,11 +9,17 @@ another row: on the CPU a ValueError, on a GPU a NaN loss and a zero gradient in
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Divergence = Literal["kl", "ce"]
 Reduction = Literal["mean", "sum", "none"]
 WeightBy = Literal["teacher_max", "teacher_label"]
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic of logits and of features of `dtype`, in which what is computed of them is summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class LossOutput(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import Backend, LossOutput, Usual
+from ban_fast.backends.interface import Backend, LossOutput, Usual, acc_dtype
 from ban_fast.ops.checks import DTYPES
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -238,7 +238,7 @@ torch.library.define(
 
 @torch.library.impl("ban_fast::scale_grad", "default")
 def _scale_grad(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
-    acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(grad.dtype)
     if grad_output.shape not in ((), grad.shape[:1]) or grad_output.dtype != acc:
         raise ValueError(
             f"grad_output: a {grad_output.dtype} tensor of shape {list(grad_output.shape)} was given; "
@@ -270,7 +270,7 @@ def pack(output: LossOutput) -> Packed:
 
 def packed_fake(student: Tensor, reduction: str, need_grad: bool) -> Packed:
     """The shapes and dtypes of `pack`'s result for a student [R, C]."""
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(student.dtype)
     shape = (student.shape[0],) if reduction == "none" else ()
     loss, kd, label = (student.new_empty(shape, dtype=acc) for _ in range(3))
     grad = student.new_empty(student.shape) if need_grad else student.new_empty(0, dtype=acc)

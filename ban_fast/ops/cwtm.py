@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import WeightBy
+from ban_fast.backends.interface import WeightBy, acc_dtype
 from ban_fast.ops import checks
 from ban_fast.ops.autograd import Packed, Result, evaluate, flat, flat_rows, pack, packed_fake
 
@@ -108,7 +108,7 @@ def cwtm_loss(  # type: ignore[misc]  # the first overload passes its options on
     checks.check_teacher_rows(teacher_rows, student_logits)
     if normalizer is not None:
         checks.check_normalizer(normalizer, student_logits)
-        normalizer = normalizer.detach().to(torch.float64 if student_logits.dtype == torch.float64 else torch.float32)
+        normalizer = normalizer.detach().to(acc_dtype(student_logits.dtype))
     teacher = None if teacher_logits is None or confidence is not None else flat(teacher_logits)
     return evaluate(
         "cwtm",

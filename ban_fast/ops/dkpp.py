@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import Divergence, Reduction
+from ban_fast.backends.interface import Divergence, Reduction, acc_dtype
 from ban_fast.ops import checks
 from ban_fast.ops.autograd import (
     Packed,
@@ -83,8 +83,7 @@ def _dkpp_targets_fake(
     teacher: Tensor, sample_ids: Tensor | None, step: Tensor, teacher_rows: Tensor | None, **options: Any
 ) -> Tensor:
     rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
-    dtype = torch.float64 if teacher.dtype == torch.float64 else torch.float32
-    return teacher.new_empty((rows, teacher.shape[1]), dtype=dtype)
+    return teacher.new_empty((rows, teacher.shape[1]), dtype=acc_dtype(teacher.dtype))
 
 
 torch.library.register_fake("ban_fast::dkpp_targets", _dkpp_targets_fake)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ban_fast.backends.interface import Reduction
+from ban_fast.backends.interface import Reduction, acc_dtype
 from ban_fast.ops import checks
 from ban_fast.ops.autocast import autocast_dtype
 from ban_fast.ops.autograd import (
@@ -100,8 +100,7 @@ def _linear_kd_fake(
     need_bias: bool,
     **options: Any,
 ) -> Packed:
-    is_double = (autocast or torch.promote_types(hidden.dtype, weight.dtype)) == torch.float64
-    acc = torch.float64 if is_double else torch.float32
+    acc = acc_dtype(autocast or torch.promote_types(hidden.dtype, weight.dtype))
     loss, kd, label = (hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=acc) for _ in range(3))
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=acc)
     grad_weight = hidden.new_empty(weight.shape if need_weight else (0,), dtype=acc)

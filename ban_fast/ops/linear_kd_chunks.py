@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import LossOutput, Reduction
+from ban_fast.backends.interface import LossOutput, Reduction, acc_dtype
 from ban_fast.ops import products
 
 CHUNK_BYTES = {"cpu": 5 << 20, "cuda": 1 << 30}
@@ -114,7 +114,7 @@ class Sums:
 def layer(weight: Tensor, bias: Tensor | None, hidden: Tensor, autocast: torch.dtype | None) -> Layer:
     """The layer for such hidden states; `autocast` is the dtype that F.linear would cast both to."""
     rounded_to = autocast or torch.promote_types(hidden.dtype, weight.dtype)
-    acc = torch.float64 if rounded_to == torch.float64 else torch.float32
+    acc = acc_dtype(rounded_to)
     operands = rounded_to if multiplies_halves(weight.device) else acc
     wide_bias = None if bias is None else bias.to(rounded_to).to(acc).contiguous()
     return Layer(products.dense(weight.to(rounded_to).to(operands)), wide_bias, rounded_to, acc)

@@ -1,4 +1,4 @@
-"""Each objective is its formula (Furlanello et al. 2018, eqs. 2 and 5-11), in value and gradient, and moves the student alone."""
+"""Each objective is its formula of the paper (eqs. 2, 5-11), in value and gradient, and moves the student alone."""
 
 import math
 from typing import Any

@@ -53,8 +53,13 @@ def cwtm_loss(
     teacher_logits: Tensor | None,
     labels: Tensor,
     *,
+    weight_by: WeightBy = "teacher_max",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    confidence: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
     return_terms: Literal[True],
-    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -74,7 +79,7 @@ def cwtm_loss(
 ) -> Tensor: ...
 
 
-def cwtm_loss(  # type: ignore[misc]  # the first overload passes its options on unnamed
+def cwtm_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor | None,  # [..., C], or [M, C] with teacher_rows; None with confidence
     labels: Tensor,  # [...] int64

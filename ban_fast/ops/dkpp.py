@@ -95,8 +95,19 @@ def dkpp_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    kd_weight: float = 1.0,
+    label_weight: float = 0.0,
+    divergence: Divergence = "kl",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+    step: Tensor | int = 0,
+    sample_ids: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
     return_terms: Literal[True],
-    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -122,7 +133,7 @@ def dkpp_loss(
 ) -> Tensor: ...
 
 
-def dkpp_loss(  # type: ignore[misc]  # the first overload passes its options on unnamed
+def dkpp_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor,  # [..., C], or [M, C] with teacher_rows
     labels: Tensor | None = None,  # [...] int64

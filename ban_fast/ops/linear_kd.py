@@ -249,8 +249,19 @@ def fused_linear_kd(
     student_weight: Tensor,
     labels: Tensor | None = None,
     *,
+    teacher_logits: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    label_weight: float = 0.0,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    chunk_bytes: int | None = None,
     return_terms: Literal[True],
-    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -276,7 +287,7 @@ def fused_linear_kd(
 ) -> Tensor: ...
 
 
-def fused_linear_kd(  # type: ignore[misc]  # the first overload passes its options on unnamed
+def fused_linear_kd(
     student_hidden: Tensor,  # [..., H]
     student_weight: Tensor,  # [V, H]
     labels: Tensor | None = None,  # [...] int64

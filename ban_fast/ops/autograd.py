@@ -108,7 +108,7 @@ def _shaped(value: Tensor, logits: Tensor) -> Tensor:
 
 
 def as_operand(value: Tensor | int, logits: Tensor) -> Tensor:
-    """A tensor, as operators take it, of a step that may be an int: of the logits' kind and on their device."""
+    """`value` as the int64 tensor an operator takes; an int becomes a 0-d tensor on the logits' device."""
     return value if isinstance(value, Tensor) else logits.new_full((), value, dtype=torch.int64)
 
 
@@ -148,7 +148,7 @@ def explain(error: RuntimeError, inputs: Iterable[object]) -> None:
 
 
 def refuse_forward_mode(logits: Tensor, what: str = "a ban_fast loss") -> None:
-    """RuntimeError for what a loss would be differentiated by in forward mode."""
+    """RuntimeError if `logits` carry a forward-mode tangent: the losses have no such derivative; `what` names one."""
     if forward_ad._current_level < 0:  # as everywhere but in forward mode; asking the tensor would cost 0.3 us
         return
     if forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]

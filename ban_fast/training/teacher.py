@@ -46,7 +46,7 @@ class Teacher(Protocol):
         ...
 
     def addresses(self) -> Sequence[int]:
-        """Where a call reads what may move later."""
+        """Data pointers of tensors that may be reallocated later; a recorded step is void when one changes."""
         ...
 
     def __call__(self, batch: Batch) -> Taught:

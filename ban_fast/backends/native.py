@@ -9,7 +9,7 @@ than BAN_FAST_POOL_MIB from the environment. `empty_pool` gives back what is not
 import torch
 from torch import Tensor
 
-from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy, acc_dtype
 
 try:
     from ban_fast import _native
@@ -188,7 +188,7 @@ def dkpp_targets(
     teacher_rows, sample_ids = _contiguous(teacher_rows), _contiguous(sample_ids)
     rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
     classes = teacher.shape[1]
-    shape, dtype = torch.Size((rows, classes)), _acc(teacher)
+    shape, dtype = torch.Size((rows, classes)), acc_dtype(teacher.dtype)
     is_large = shape.numel() * dtype.itemsize >= _POOLED_FROM
     targets = _pooled(shape, dtype) if is_large else teacher.new_empty(shape, dtype=dtype)
     offence = _native.dkpp_targets(
@@ -318,10 +318,6 @@ def _address(tensor: Tensor | None) -> int:
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None else tensor.contiguous()
-
-
-def _acc(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _refuse(

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy, acc_dtype
 from ban_fast.backends.lasting import lasting
 from ban_fast.backends.native import (
     _DTYPE,
     _NO_MATRIX,
     _REDUCTION,
-    _acc,
     _address,
     _contiguous,
     _key,
@@ -173,7 +172,7 @@ def dkpp_targets(
 ) -> Tensor:
     """See `interface.Backend.dkpp_targets`."""
     rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
-    targets = teacher.new_empty((rows, teacher.shape[1]), dtype=_acc(teacher))
+    targets = teacher.new_empty((rows, teacher.shape[1]), dtype=acc_dtype(teacher.dtype))
     if rows == 0:
         return targets
     teacher_rows, sample_ids = _contiguous(teacher_rows), _contiguous(sample_ids)
@@ -233,7 +232,7 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
 
 def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
     """Outputs without values."""
-    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=_acc(student))
+    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=acc_dtype(student.dtype))
     grad = grad_scale = None
     if need_grad:
         grad = torch.empty_like(student, memory_format=torch.contiguous_format)

@@ -120,7 +120,7 @@ class TeacherConfig:
 
     mode: str = "auto"
     """"live" (a forward pass for each batch), "cache" (one for each view of an image that is shown, kept), or "auto":
-    the cache where it gives the live teacher's very bits and saves enough, and fits."""
+    the cache where it saves enough, fits and, with `cache_dtype` "fp32", gives the live teacher's very bits."""
     cache_dtype: str = "fp32"
     """Of the rows kept: "fp32" (exact), "fp16" or "bf16" (half the size; 2^-11 and 2^-8 of a logit are rounded off).
     DKPP's argmax is the rounded row's: the lowest index of its largest value, which before may have been another's."""

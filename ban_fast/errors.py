@@ -25,6 +25,11 @@ class OptionError(UserError):
         return type(self), (self.field, self.problem)  # pickled, it travels from one process to the others
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or its type's name where there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The rest of a message on an unknown name: "; did you mean 'x'?" with the nearest valid one, else a list."""
     valid = list(valid)

@@ -76,8 +76,8 @@ def everything(device: str) -> list[Case]:
     cases = []
     for objective in TITLE:
         for shape in shapes:
-            cases += _both(objective, shape) if shape in (SMALL, LARGE) else [_case(objective, shape, "fp32")]
-            cases.append(_case(objective, shape, "bf16"))
+            cases += _both(objective, shape) if shape in (SMALL, LARGE) else [case_at(objective, shape, "fp32")]
+            cases.append(case_at(objective, shape, "bf16"))
     return list(dict.fromkeys(targets(device) + cases))
 
 
@@ -85,9 +85,9 @@ def usual(device: str) -> list[Case]:
     """The cases of a run without `--full`: on a GPU all (the clock decides how many), on a CPU fp32 above all."""
     if device == "cuda":
         return everything(device)
-    cases = [_case("kd", shape, "fp32") for shape in SHAPES]
-    cases += [_case("kd", shape, "bf16") for shape in (SMALL, LARGE)]
-    cases += [_case(o, shape, "fp32") for o in ("kd_labels", "cwtm", "dkpp") for shape in (LARGE, SMALL)]
+    cases = [case_at("kd", shape, "fp32") for shape in SHAPES]
+    cases += [case_at("kd", shape, "bf16") for shape in (SMALL, LARGE)]
+    cases += [case_at(o, shape, "fp32") for o in ("kd_labels", "cwtm", "dkpp") for shape in (LARGE, SMALL)]
     return list(dict.fromkeys(targets(device) + cases))
 
 
@@ -100,9 +100,9 @@ def targets(device: str) -> list[Case]:
             ("dkpp", (128, 10), "fp32"), ("dkpp", (512, 100), "fp32"), ("kd", (128, 10), "fp32"),
             ("kd", (512, 100), "fp32"), ("kd", HUGE, "fp32"), ("kd", (4096, 32000), "bf16"),
         ]  # fmt: skip
-        return [_case(*each) for each in large]
+        return [case_at(*each) for each in large]
     small = _both("kd", LARGE) + _both("kd", SMALL) + _both("cwtm", LARGE) + _both("dkpp", LARGE)
-    return [*small, _case("cwtm_confidence", LARGE, "fp32")]
+    return [*small, case_at("cwtm_confidence", LARGE, "fp32")]
 
 
 def autotuned() -> list[Case]:
@@ -123,8 +123,9 @@ def left_out(taken: list[Case], device: str) -> list[str]:
 def _both(objective: Objective, shape: Shape) -> list[Case]:
     """At random and at near logits, one after the other: they compile once."""
     regimes: tuple[Regime, ...] = ("random", "near")
-    return [_case(objective, shape, "fp32", regime) for regime in regimes]
+    return [case_at(objective, shape, "fp32", regime) for regime in regimes]
 
 
-def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:
+def case_at(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:
+    """The case at such a shape, (rows, classes)."""
     return Case(objective=objective, rows=shape[0], classes=shape[1], dtype=dtype, regime=regime)

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ban_fast import models
+from ban_fast.errors import first_line
 from benchmarks import cuda, machine, targets
 from benchmarks.densenet_figures import (
     AUTOTUNED,
@@ -157,8 +158,13 @@ def torchvision_network(ours: models.DenseNet) -> nn.Module:
 
 
 def saved_bytes(step: Step) -> int:
-    """Bytes that autograd holds after forward: every storage once, parameters and buffers not at all."""
-    own = {t.untyped_storage().data_ptr() for t in (*step.network.parameters(), *step.network.buffers(), step.images)}
+    """Bytes that autograd holds after a step's forward: every storage once, parameters, buffers and images not."""
+    return held_after(step.forward, (*step.network.parameters(), *step.network.buffers(), step.images))
+
+
+def held_after(forward: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """Bytes that autograd holds after `forward`: every storage once, those of the `known` tensors not at all."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -168,8 +174,8 @@ def saved_bytes(step: Step) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step.forward()
-    assert loss.requires_grad  # alive until here: no storage was freed and its address counted once for two
+        output = forward()
+    assert output.requires_grad  # alive until here: no storage was freed and its address counted once for two
     return sum(held.values())
 
 
@@ -231,7 +237,7 @@ def serve(providers: Sequence[str], case: Case, device: str) -> None:
         except TookTooLong:
             reply = {"failed": f"left out: not built within {request['most']:.0f} s"}
         except Exception as error:
-            reply = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            reply = {"failed": f"{type(error).__name__}: {first_line(error)}"}
         if "failed" in reply:
             steps.pop(provider, None)
         print(json.dumps(reply), file=replies, flush=True)
@@ -353,10 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{table(record)}\n", flush=True)
         if options.json is not None:  # after each: a run may be killed in the next
             machine.write(options.json, json.dumps(results, indent=1) + "\n")
-    for verdict in targets.judge(results | {"records": []}):
-        if verdict.value is not None:
-            what, bound, _, found, met = verdict.cells
-            print(f"{met:>3}  {what}: {found} (asked {bound})")
+    targets.print_measured(results)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,6 @@ class Case:
         return f"{self.network}, batch {self.batch}, {'bf16 autocast' if self.amp else 'fp32'}"
 
 
-def find(records: list[Record], case: Case) -> Record | None:
-    """The record of a case."""
-    return next((record for record in records if Case(**record["case"]) == case), None)
-
-
 def over(record: Record | None, name: str, other: str) -> float | None:
     """The median over the rounds that both had of one's time over another's in the same round."""
     ones, others = _rounds(record, name), _rounds(record, other)

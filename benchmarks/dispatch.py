@@ -201,7 +201,7 @@ def fingerprint(device: str) -> str:
 def sources(device: str) -> list[Path]:
     """Those files: the kernels, what they are compiled with, and the backends that call them."""
     patterns = ["CMakeLists.txt", "csrc/*.h", f"csrc/{device}/*"]
-    patterns += ["ban_fast/backends/reference*.py", "ban_fast/backends/permutation.py"]
+    patterns += [f"ban_fast/backends/{name}.py" for name in ("reference*", "permutation", "addresses")]
     if device == "cpu":
         patterns += ["csrc/python/*", "ban_fast/backends/native.py"]  # usual.cpp serves the usual KD below 1 MiB
     else:

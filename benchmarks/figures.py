@@ -40,6 +40,11 @@ class Figures:
         return list(dict.fromkeys(case_of(record) for record in self.records))
 
 
+def find(records: list[Record], case: Any) -> Record | None:
+    """The record of a whole step's or a DenseNet's case: `case` is of the class that the records' cases are of."""
+    return next((record for record in records if type(case)(**record["case"]) == case), None)
+
+
 def case_of(record: Record) -> Case:
     return Case(**record["case"])
 

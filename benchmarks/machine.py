@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import ban_fast
+from ban_fast.training.environment import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY = 0.5  # of a load average: above it something else was running
@@ -64,7 +65,7 @@ def _cpu() -> dict[str, Any]:
     caches = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
-        "cpu": _model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "vector": torch.backends.cpu.get_cpu_capability(),
@@ -104,16 +105,6 @@ def _versions(device: str) -> dict[str, str | None]:
     if device == "cuda":
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _source() -> dict[str, Any]:

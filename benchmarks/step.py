@@ -26,6 +26,7 @@ import torch
 
 from ban_fast import data
 from ban_fast.data import Split
+from ban_fast.errors import first_line
 from benchmarks import machine, targets
 from benchmarks.harness import TookTooLong, interleave, quantiles, rounds_for, time_limit
 from benchmarks.step_figures import (
@@ -62,7 +63,7 @@ LIMITS = {"cpu": 2e-2, "cuda": 0.3}
 
 
 def cases(device: str) -> list[Case]:
-    """The usual ones; on a GPU also those of PERFORMANCE's whole-step rows."""
+    """The usual ones: those that targets are set for, and on a GPU three more networks."""
     if device == "cpu":
         return judged(device)
     return [*judged(device), Case("wrn-28-2", 128), Case("densenet-bc-100-12", 128), Case("densenet-112-33", 128)]
@@ -153,7 +154,7 @@ def _ready(
         entry["failed"] = f"left out: not ready within {most:.0f} s"
         return None
     except Exception as error:
-        entry["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        entry["failed"] = f"{type(error).__name__}: {first_line(error)}"
         return None
     entry["first_s"] = time.perf_counter() - begin
     return trainer if entry["off"] is None or entry["off"] <= LIMITS[device] else None
@@ -267,10 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{table(record)}\n", flush=True)
         if options.json is not None:  # after each: a run may be killed in the next
             machine.write(options.json, json.dumps(results, indent=1) + "\n")
-    for verdict in targets.judge(results | {"records": []}):
-        if verdict.value is not None:
-            what, bound, _, found, met = verdict.cells
-            print(f"{met:>3}  {what}: {found} (asked {bound})")
+    targets.print_measured(results)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,6 @@ class Case:
         return f"{self.network}, batch {self.batch}"
 
 
-def find(records: list[Record], case: Case) -> Record | None:
-    """The record of a case."""
-    return next((record for record in records if Case(**record["case"]) == case), None)
-
-
 def seconds(record: Record | None, name: str) -> float | None:
     """The median step of a trainer, None where it has no time."""
     laps = _laps(record, name)

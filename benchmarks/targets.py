@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuda, densenet_figures, loaders, step_figures
-from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape
+from benchmarks.cases import HUGE, LARGE, SMALL, Case, Dtype, Objective, Regime, Shape, case_at
 from benchmarks.densenet_figures import CHANNELS_LAST, CHECKPOINT, GRAPHED, PLAIN, SHARED
 from benchmarks.densenet_figures import Case as DenseCase
-from benchmarks.figures import PEERS, Figures, our_name, ours, ratio, share
+from benchmarks.figures import PEERS, Figures, find, our_name, ours, ratio, share
 from benchmarks.session import DEFAULT, TUNED
 from benchmarks.step_figures import CACHED, COMPOSED, NAIVE, SUPERVISED
 from benchmarks.step_figures import Case as StepCase
@@ -82,6 +82,14 @@ def judge(results: dict[str, Any]) -> list[Verdict]:
     return found
 
 
+def print_measured(results: dict[str, Any]) -> None:
+    """The verdicts on what the results of one benchmark measured, without losses, a line each."""
+    for verdict in judge(results | {"records": []}):
+        if verdict.value is not None:
+            what, bound, _, found, met = verdict.cells
+            print(f"{met:>3}  {what}: {found} (asked {bound})")
+
+
 def _by(target: Target, figures: Figures) -> str:
     """The backends that stand for ours where "auto" follows no measured table, the later ones as the divisor."""
     records = [record for where in target.of if (record := figures.find(*where)) is not None]
@@ -99,18 +107,18 @@ def _cpu() -> list[Target]:
     found = []
     regimes: tuple[Regime, ...] = ("random", "near")
     for regime in regimes:
-        kd = _case("kd", LARGE, "fp32", regime)
+        kd = case_at("kd", LARGE, "fp32", regime)
         for setting, least, goal in ((TUNED, 2.5, 3.5), (DEFAULT, 5.0, 9.0)):
             found.append(_against(kd, setting, ("compile",), "the best torch.compile", least, goal))
     for regime in regimes:
-        kd = _case("kd", SMALL, "fp32", regime)
+        kd = case_at("kd", SMALL, "fp32", regime)
         found += [_against(kd, each, ("eager",), "the fastest eager form", 1.4, 1.6) for each in (TUNED, DEFAULT)]
     bounds: tuple[tuple[Objective, float, float | None], ...] = (("cwtm", 3.0, None), ("dkpp", 20.0, 40.0))
     for objective, at_least, hoped in bounds:
         for regime in regimes:
-            case = _case(objective, LARGE, "fp32", regime)
+            case = case_at(objective, LARGE, "fp32", regime)
             found += [_against(case, each, PEERS, "the best other", at_least, hoped) for each in (TUNED, DEFAULT)]
-    found += [_to_kd(_case("dkpp", LARGE, "fp32"), setting, 4.0) for setting in (TUNED, DEFAULT)]
+    found += [_to_kd(case_at("dkpp", LARGE, "fp32"), setting, 4.0) for setting in (TUNED, DEFAULT)]
     small, dense = StepCase("wrn-16-1", 32), StepCase("densenet-bc-100-12", 32)
     found += [_step_over(case, CACHED, SUPERVISED, at_most=1.05) for case in (small, dense)]
     found.append(_loader_and_loss(small, 0.03))
@@ -125,8 +133,8 @@ def _cpu() -> list[Target]:
 
 
 def _gpu() -> list[Target]:
-    huge, small = _case("kd", HUGE, "bf16"), _case("kd", SMALL, "fp32")
-    confident = _case("cwtm_confidence", HUGE, "bf16")
+    huge, small = case_at("kd", HUGE, "bf16"), case_at("kd", SMALL, "fp32")
+    confident = case_at("cwtm_confidence", HUGE, "bf16")
     found = [
         _time(huge, cuda.PLAIN, 1600),
         _share(huge, cuda.PLAIN, 0.92),
@@ -136,7 +144,7 @@ def _gpu() -> list[Target]:
     ]
     ptb: tuple[tuple[Dtype, float], ...] = (("bf16", 19), ("fp32", 36))
     for dtype, most in ptb:
-        case = _case("kd", LARGE, dtype)
+        case = case_at("kd", LARGE, dtype)
         found.append(_time(case, cuda.GRAPH_COLD, most))
         found.append(_against(case, cuda.GRAPH_COLD, ("compile",), "the best torch.compile", 2.5))
     found += [
@@ -148,8 +156,8 @@ def _gpu() -> list[Target]:
         _to_kd(confident, cuda.PLAIN, 1 / 1.4),
     ]
     shapes: tuple[tuple[Shape, float], ...] = (((128, 10), 1.15), (SMALL, 1.15), ((512, 100), 1.15), (LARGE, 2.0))
-    found += [_to_kd(_case("dkpp", shape, "fp32"), cuda.GRAPH_WARM, most) for shape, most in shapes]
-    found.append(_against(_case("dkpp", LARGE, "fp32"), cuda.PLAIN, ("eager",), "eager argsort", 25.0))
+    found += [_to_kd(case_at("dkpp", shape, "fp32"), cuda.GRAPH_WARM, most) for shape, most in shapes]
+    found.append(_against(case_at("dkpp", LARGE, "fp32"), cuda.PLAIN, ("eager",), "eager argsort", 25.0))
     wide, thin, thick = StepCase("wrn-28-10", 128), StepCase("densenet-bc-100-12", 64), StepCase("densenet-80-80", 128)
     found += [_step_time(wide, 9.3), _step_time(thin, 1.3), _step_time(thick, 11.0)]
     for case, naive, composed in ((thin, 6.0, 2.5), (thick, 3.5, 2.0)):
@@ -216,7 +224,7 @@ def _step_over(
 ) -> Target:
     return Target(
         what=f"a step of {case.title}: {one} over {other}",
-        quantity=lambda figures: step_figures.over(step_figures.find(figures.steps, case), one, other),
+        quantity=lambda figures: step_figures.over(find(figures.steps, case), one, other),
         at_least=at_least,
         at_most=at_most,
     )
@@ -224,7 +232,7 @@ def _step_over(
 
 def _step_time(case: StepCase, most_ms: float) -> Target:
     def quantity(figures: Figures) -> float | None:
-        mine = step_figures.seconds(step_figures.find(figures.steps, case), CACHED)
+        mine = step_figures.seconds(find(figures.steps, case), CACHED)
         return None if mine is None else 1e3 * mine
 
     return Target(what=f"a step of {case.title}: {CACHED}", quantity=quantity, at_most=most_ms, unit=" ms")
@@ -232,7 +240,7 @@ def _step_time(case: StepCase, most_ms: float) -> Target:
 
 def _loader_and_loss(case: StepCase, most: float) -> Target:
     def quantity(figures: Figures) -> float | None:
-        share = step_figures.loader_and_loss(step_figures.find(figures.steps, case))
+        share = step_figures.loader_and_loss(find(figures.steps, case))
         return None if share is None else 100 * share
 
     what = f"a step of {case.title}: share of loader, augmentation and loss, {CACHED}"
@@ -258,7 +266,7 @@ def _dense_time(
 ) -> Target:
     return Target(
         what=f"{case.title}: time of {one} over {other}",
-        quantity=lambda figures: densenet_figures.over(densenet_figures.find(figures.densenets, case), one, other),
+        quantity=lambda figures: densenet_figures.over(find(figures.densenets, case), one, other),
         at_least=at_least,
         at_most=at_most,
         goal=goal,
@@ -267,22 +275,18 @@ def _dense_time(
 
 def _dense_compiled(case: DenseCase, other: str, least: float) -> Target:
     def quantity(figures: Figures) -> float | None:
-        return densenet_figures.best_compiled_over(densenet_figures.find(figures.densenets, case), other)
+        return densenet_figures.best_compiled_over(find(figures.densenets, case), other)
 
     return Target(what=f"{case.title}: time of the best torch.compile over {other}", quantity=quantity, at_least=least)
 
 
 def _dense_bytes(case: DenseCase, size: str, other: str, most: float) -> Target:
     def quantity(figures: Figures) -> float | None:
-        record = densenet_figures.find(figures.densenets, case)
+        record = find(figures.densenets, case)
         return densenet_figures.bytes_over(record, size, SHARED, other)
 
     kept = {"held_bytes": "kept memory", "saved_bytes": "saved bytes"}[size]
     return Target(what=f"{case.title}: {kept} of {SHARED} over {other}", quantity=quantity, at_most=most)
-
-
-def _case(objective: Objective, shape: Shape, dtype: Dtype, regime: Regime = "random") -> Case:
-    return Case(objective=objective, rows=shape[0], classes=shape[1], dtype=dtype, regime=regime)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """README keeps its word: its Python runs, its commands parse, its names exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from ban_fast.losses import CWTMLoss, DKPPLoss, KDLoss
+from ban_fast.recipes import penn_treebank
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -66,6 +69,43 @@ def test_the_commands_parse() -> None:
     for call in calls:
         flags = {flag for p in group.commands[call[1]].params for flag in p.opts}
         assert {word for word in call[2:] if word.startswith("--")} <= flags, call
+
+
+def perplexity(
+    data: str, objective: str, generation: int, split: str = "test", kd_weight: float | None = None
+) -> float:
+    """Of the one record in benchmarks/results/language_models of such a run."""
+    records = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results/language_models").glob("*.json")]
+    wanted = (data, objective, kd_weight)
+    (found,) = (
+        record
+        for record in records
+        if (record["config"]["data"]["name"], *map(record["config"]["objective"].get, ("name", "kd_weight"))) == wanted
+    )
+    return float(found["generations"][generation][split]["perplexity"])
+
+
+def test_the_language_models_figures_are_those_on_record() -> None:
+    """README's and the recipe's, with as many decimals as they have there."""
+    cut = [
+        f"{perplexity('ptb4000', objective, generation):.1f}"
+        for objective, generation in (("ban+l", 1), ("ban+l", 0), ("label", 1))
+    ]
+    summed, halves, teacher = (
+        [f"{perplexity('ptb', 'ban+l', generation, split, weight):.0f}" for split in ("test", "valid")]
+        for generation, weight in ((1, None), (1, 0.5), (0, None))
+    )
+    text = " ".join(README.split())
+    assert (
+        f"comes to a test perplexity of {cut[0]}, where its teacher has {cut[1]} and a student of labels alone "
+        f"{cut[2]}. On all of it, two epochs, students are behind yet: {summed[0]} and {halves[0]} (half of each term) "
+        f"to the teacher's {teacher[0]}."
+    ) in text
+    recipe = " ".join((penn_treebank.__doc__ or "").split())
+    assert f"teacher {cut[1]} student of labels alone {cut[2]} student of the sum {cut[0]}" in recipe
+    assert (
+        f"validation perplexity is {teacher[1]} for the teacher, {halves[1]} with halves, {summed[1]} with the sum."
+    ) in recipe
 
 
 def test_ci_finds_the_test_command() -> None:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from .._native import dense_activate, dense_correct, dense_deposit, dense_moments
-
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+from .addresses import DTYPE
 
 
 def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:  # [R, C], [C], [C], [R, C]
@@ -48,7 +47,7 @@ def correct(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, out: Te
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:
-    return _DTYPE[x.dtype], *x.shape
+    return DTYPE[x.dtype], *x.shape
 
 
 def _pixels(x: Tensor) -> tuple[int, int]:

@@ -10,15 +10,9 @@ import functools
 import importlib
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ban_fast.backends import dense_eager
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics and gradients of features of `dtype` are summed."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def activate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:  # [R, C], [C], [C], [R, C]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ban_fast.backends.dense_passes import acc_dtype
+from ban_fast.backends.interface import acc_dtype
 
 CHUNK_ELEMENTS = 1 << 20
 """Activations that a CPU makes at a time, for each of torch's threads: 4 MiB of fp32. oneDNN's 1x1 convolutions ran at

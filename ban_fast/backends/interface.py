@@ -9,11 +9,17 @@ another row: on the CPU a ValueError, on a GPU a NaN loss and a zero gradient in
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Divergence = Literal["kl", "ce"]
 Reduction = Literal["mean", "sum", "none"]
 WeightBy = Literal["teacher_max", "teacher_label"]
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic of logits and of features of `dtype`, in which what is computed of them is summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class LossOutput(NamedTuple):
@@ -51,9 +57,10 @@ class Backend(Protocol):
 
     Without `need_terms` an output's `kd` and `label` may be of shape [0]: allocating them is a tenth of a small loss.
     A backend may also have `usual_kd`: by position student, teacher, labels and teacher_rows, none of them checked, the
-    options of `kd` in their order but for need_terms, and the number of threads. It gives a `Usual`, or None for
-    whatever `kd` or a check before it had better see. It may have `kd_in_place`: `kd` for fp32 or fp64 students, whose
-    gradient, where it is needed, takes the place of their logits if those are contiguous.
+    options of `kd` in their order but for need_terms, and the number of threads. It gives a `Usual`, or None if the
+    call is not of the usual kind; the caller then checks its arguments and calls `kd`. It may have `kd_in_place`: `kd`
+    for fp32 or fp64 students, whose gradient, where it is needed, takes the place of their logits if those are
+    contiguous.
     """
 
     def kd(
@@ -142,6 +149,6 @@ class Backend(Protocol):
         ...
 
     def scale_grad_(self, grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tensor:
-        """grad *= grad_output * grad_scale in place, in acc with one rounding, and return it; untouched, and not
-        even read, where the product is 1. grad_output is 0-d, or [R] for reduction "none"."""
+        """grad *= grad_output * grad_scale in place, in acc with one rounding, and return it: the same bits where the
+        product is 1; kernels then touch nothing. grad_output is 0-d, or [R] for reduction "none"."""
         ...

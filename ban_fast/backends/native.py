@@ -9,7 +9,8 @@ than BAN_FAST_POOL_MIB from the environment. `empty_pool` gives back what is not
 import torch
 from torch import Tensor
 
-from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+from ban_fast.backends.addresses import DTYPE, NO_MATRIX, REDUCTION, address, contiguous, key, matrix, result, selection
+from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy, acc_dtype
 from ban_fast.errors import UserError
 
 try:
@@ -25,9 +26,6 @@ _INTERFACE = 1
 if getattr(_native, "INTERFACE", None) != _INTERFACE:
     raise ImportError("ban_fast._native was built from other sources than these: run `pip install -e .` again")
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_REDUCTION = {"mean": 0, "sum": 1, "none": 2}
-_NO_MATRIX = (0, 0, 0, 0, 0)
 _SCALAR_32, _SCALAR_64 = (torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64))
 _NO_TERM = torch.empty(0, device="cpu")  # its address is null
 _POOLED_FROM = 1 << 20
@@ -63,7 +61,7 @@ def kd(
 ) -> LossOutput:
     """See `interface.Backend.kd`."""
     output = _allocate(student, reduction, need_grad, need_terms)
-    options = temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]
+    options = temperature, kd_weight, label_weight, divergence == "ce", scale_t2, REDUCTION[reduction]
     return _kd(student, teacher, labels, teacher_rows, options, ignore_index, output)
 
 
@@ -87,7 +85,7 @@ def kd_in_place(
     output = _allocate(student, reduction, need_grad and not in_place, True)
     if in_place:
         output = output._replace(grad=student)
-    options = temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]
+    options = temperature, kd_weight, label_weight, divergence == "ce", scale_t2, REDUCTION[reduction]
     return _kd(student, teacher, labels, teacher_rows, options, ignore_index, output)
 
 
@@ -101,13 +99,13 @@ def _kd(
     output: LossOutput,
 ) -> LossOutput:
     """`output`, filled."""
-    labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
+    labels, teacher_rows = contiguous(labels), contiguous(teacher_rows)
     offence = _native.kd(
-        _matrix(student),
-        _matrix(teacher),
-        _selection(student, labels, teacher_rows, ignore_index),
+        matrix(student),
+        matrix(teacher),
+        selection(student, labels, teacher_rows, ignore_index),
         options,
-        _result(output),
+        result(output),
         torch.get_num_threads(),
     )
     if offence[0]:
@@ -135,15 +133,15 @@ def dkpp(
     need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.dkpp`."""
-    labels, teacher_rows, sample_ids = _contiguous(labels), _contiguous(teacher_rows), _contiguous(sample_ids)
+    labels, teacher_rows, sample_ids = contiguous(labels), contiguous(teacher_rows), contiguous(sample_ids)
     output = _allocate(student, reduction, need_grad, need_terms)
     offence = _native.dkpp(
-        _matrix(student),
-        _matrix(teacher),
-        _selection(student, labels, teacher_rows, ignore_index),
-        _key(seed, step, sample_ids),
-        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
-        _result(output),
+        matrix(student),
+        matrix(teacher),
+        selection(student, labels, teacher_rows, ignore_index),
+        key(seed, step, sample_ids),
+        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, REDUCTION[reduction]),
+        result(output),
         torch.get_num_threads(),
     )
     if offence[0]:
@@ -165,19 +163,19 @@ def cwtm(
     need_terms: bool = True,
 ) -> LossOutput:
     """See `interface.Backend.cwtm`."""
-    labels, teacher_rows = labels.contiguous(), _contiguous(teacher_rows)
+    labels, teacher_rows = labels.contiguous(), contiguous(teacher_rows)
     source = teacher if confidence is None else confidence.unsqueeze(1)
     assert source is not None, "cwtm needs the teacher's logits or its confidence"
     output = _allocate(student, "sum", need_grad, need_terms)
     offence = _native.cwtm(
-        _matrix(student),
-        _matrix(source) if confidence is None else _NO_MATRIX,
-        _NO_MATRIX if confidence is None else _matrix(source),
-        _selection(student, labels, teacher_rows, ignore_index),
+        matrix(student),
+        matrix(source) if confidence is None else NO_MATRIX,
+        NO_MATRIX if confidence is None else matrix(source),
+        selection(student, labels, teacher_rows, ignore_index),
         normalizer is not None,
         0.0 if normalizer is None else float(normalizer),
         weight_by == "teacher_label",
-        _result(output),
+        result(output),
         torch.get_num_threads(),
     )
     if offence[0]:
@@ -195,16 +193,16 @@ def dkpp_targets(
     temperature: float,
 ) -> Tensor:
     """See `interface.Backend.dkpp_targets`."""
-    teacher_rows, sample_ids = _contiguous(teacher_rows), _contiguous(sample_ids)
+    teacher_rows, sample_ids = contiguous(teacher_rows), contiguous(sample_ids)
     rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
     classes = teacher.shape[1]
-    shape, dtype = torch.Size((rows, classes)), _acc(teacher)
+    shape, dtype = torch.Size((rows, classes)), acc_dtype(teacher.dtype)
     is_large = shape.numel() * dtype.itemsize >= _POOLED_FROM
     targets = _pooled(shape, dtype) if is_large else teacher.new_empty(shape, dtype=dtype)
     offence = _native.dkpp_targets(
-        _matrix(teacher),
-        (rows, classes, 0, _address(teacher_rows), 0),
-        _key(seed, step, sample_ids),
+        matrix(teacher),
+        (rows, classes, 0, address(teacher_rows), 0),
+        key(seed, step, sample_ids),
         temperature,
         targets.data_ptr(),
         torch.get_num_threads(),
@@ -223,11 +221,11 @@ def dkpp_permutation(
     num_classes: int,
 ) -> Tensor:
     """See `interface.Backend.dkpp_permutation`."""
-    argmax, sample_ids = argmax.contiguous(), _contiguous(sample_ids)
+    argmax, sample_ids = argmax.contiguous(), contiguous(sample_ids)
     rows = argmax.shape[0]
     sources = argmax.new_empty((rows, num_classes))
     _native.dkpp_permutation(
-        argmax.data_ptr(), rows, num_classes, _key(seed, step, sample_ids), sources.data_ptr(), torch.get_num_threads()
+        argmax.data_ptr(), rows, num_classes, key(seed, step, sample_ids), sources.data_ptr(), torch.get_num_threads()
     )
     return sources
 
@@ -241,7 +239,7 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
     rows, classes = grad.shape
     _native.scale_gradient(
         grad.data_ptr(),
-        _DTYPE[grad.dtype],
+        DTYPE[grad.dtype],
         rows,
         classes,
         grad_output.data_ptr(),
@@ -286,52 +284,6 @@ def _pooled(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     elements = shape.numel()
     block = _native.PooledMemory(elements * dtype.itemsize)
     return torch.frombuffer(block, dtype=dtype, count=elements).view(shape)
-
-
-def _result(output: LossOutput) -> tuple[int, int, int, int, int]:
-    loss, kd, label, grad, grad_scale = output
-    return (
-        loss.data_ptr(),
-        kd.data_ptr(),
-        label.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        0 if grad_scale is None else grad_scale.data_ptr(),
-    )
-
-
-def _matrix(logits: Tensor) -> tuple[int, int, int, int, int]:
-    row_stride, column_stride = logits.stride()
-    return logits.data_ptr(), _DTYPE[logits.dtype], logits.shape[0], row_stride, column_stride
-
-
-def _selection(
-    student: Tensor, labels: Tensor | None, teacher_rows: Tensor | None, ignore_index: int
-) -> tuple[int, int, int, int, int]:
-    rows, classes = student.shape
-    return (
-        rows,
-        classes,
-        0 if labels is None else labels.data_ptr(),  # written out: a call would cost a small loss another 0.1 us
-        0 if teacher_rows is None else teacher_rows.data_ptr(),
-        ignore_index,
-    )
-
-
-def _key(seed: int, step: Tensor | int, sample_ids: Tensor | None) -> tuple[int, int, int]:
-    """Seed and step as 64-bit words in two's complement."""
-    return seed & 0xFFFFFFFFFFFFFFFF, int(step) & 0xFFFFFFFFFFFFFFFF, _address(sample_ids)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None else tensor.contiguous()
-
-
-def _acc(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _refuse(

@@ -9,22 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+import ban_fast.backends.native  # noqa: F401  its ImportError says what to do where `_native` is not, or is another's
+from ban_fast import _native
+from ban_fast.backends.addresses import DTYPE, NO_MATRIX, REDUCTION, address, contiguous, key, matrix, result, selection
+from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy, acc_dtype
 from ban_fast.backends.lasting import lasting
-from ban_fast.backends.native import (
-    _DTYPE,
-    _NO_MATRIX,
-    _REDUCTION,
-    _acc,
-    _address,
-    _contiguous,
-    _key,
-    _matrix,
-    _result,
-    _selection,
-)
-
-from ban_fast import _native  # isort: skip  # After native, whose ImportError says what to do.
 
 _CAPTURED_CALLS = 1 << 15
 """Calls captured in CUDA graphs that can have a counter of the device's block; a later one's graph zeroes its own."""
@@ -72,15 +61,15 @@ def kd(
     output = _allocate(student, reduction, need_grad)
     if student.shape[0] == 0:
         return output.of_no_rows()
-    labels, teacher_rows = _contiguous(labels), _contiguous(teacher_rows)
+    labels, teacher_rows = contiguous(labels), contiguous(teacher_rows)
     place = _place(student.device)
     scratch, counter = _workspace(student.device, place)
     _native.cuda_kd(
-        _matrix(student),
-        _matrix(teacher),
-        _selection(student, labels, teacher_rows, ignore_index),
-        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
-        _result(output),
+        matrix(student),
+        matrix(teacher),
+        selection(student, labels, teacher_rows, ignore_index),
+        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, REDUCTION[reduction]),
+        result(output),
         _launch(place, scratch, counter),
     )
     return output
@@ -109,16 +98,16 @@ def dkpp(
     output = _allocate(student, reduction, need_grad)
     if student.shape[0] == 0:
         return output.of_no_rows()
-    labels, teacher_rows, sample_ids = _contiguous(labels), _contiguous(teacher_rows), _contiguous(sample_ids)
+    labels, teacher_rows, sample_ids = contiguous(labels), contiguous(teacher_rows), contiguous(sample_ids)
     place = _place(student.device)
     scratch, counter = _workspace(student.device, place)
     _native.cuda_dkpp(
-        _matrix(student),
-        _matrix(teacher),
-        _selection(student, labels, teacher_rows, ignore_index),
+        matrix(student),
+        matrix(teacher),
+        selection(student, labels, teacher_rows, ignore_index),
         _keyed(seed, step, sample_ids),
-        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, _REDUCTION[reduction]),
-        _result(output),
+        (temperature, kd_weight, label_weight, divergence == "ce", scale_t2, REDUCTION[reduction]),
+        result(output),
         _launch(place, scratch, counter),
     )
     return output
@@ -142,7 +131,7 @@ def cwtm(
     output = _allocate(student, "sum", need_grad)
     if student.shape[0] == 0:
         return output.of_no_rows()
-    labels, teacher_rows = labels.contiguous(), _contiguous(teacher_rows)
+    labels, teacher_rows = labels.contiguous(), contiguous(teacher_rows)
     source = teacher if confidence is None else confidence.unsqueeze(1)
     assert source is not None, "cwtm needs the teacher's logits or its confidence"
     place = _place(student.device)
@@ -150,13 +139,13 @@ def cwtm(
     if confidence is None:
         scratch = _scratch(student.device, student.shape[0])
     _native.cuda_cwtm(
-        _matrix(student),
-        _matrix(source) if confidence is None else _NO_MATRIX,
-        _NO_MATRIX if confidence is None else _matrix(source),
-        _selection(student, labels, teacher_rows, ignore_index),
-        _address(normalizer),
+        matrix(student),
+        matrix(source) if confidence is None else NO_MATRIX,
+        NO_MATRIX if confidence is None else matrix(source),
+        selection(student, labels, teacher_rows, ignore_index),
+        address(normalizer),
         weight_by == "teacher_label",
-        _result(output),
+        result(output),
         _launch(place, scratch, counter),
     )
     return output
@@ -173,13 +162,13 @@ def dkpp_targets(
 ) -> Tensor:
     """See `interface.Backend.dkpp_targets`."""
     rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
-    targets = teacher.new_empty((rows, teacher.shape[1]), dtype=_acc(teacher))
+    targets = teacher.new_empty((rows, teacher.shape[1]), dtype=acc_dtype(teacher.dtype))
     if rows == 0:
         return targets
-    teacher_rows, sample_ids = _contiguous(teacher_rows), _contiguous(sample_ids)
+    teacher_rows, sample_ids = contiguous(teacher_rows), contiguous(sample_ids)
     _native.cuda_dkpp_targets(
-        _matrix(teacher),
-        (rows, teacher.shape[1], 0, _address(teacher_rows), 0),
+        matrix(teacher),
+        (rows, teacher.shape[1], 0, address(teacher_rows), 0),
         _keyed(seed, step, sample_ids),
         temperature,
         targets.data_ptr(),
@@ -197,7 +186,7 @@ def dkpp_permutation(
     num_classes: int,
 ) -> Tensor:
     """See `interface.Backend.dkpp_permutation`."""
-    argmax, sample_ids = argmax.contiguous(), _contiguous(sample_ids)
+    argmax, sample_ids = argmax.contiguous(), contiguous(sample_ids)
     rows = argmax.shape[0]
     sources = argmax.new_empty((rows, num_classes))
     if rows == 0:
@@ -220,12 +209,12 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
         return grad
     _native.cuda_scale_gradient(
         grad.data_ptr(),
-        _DTYPE[grad.dtype],
+        DTYPE[grad.dtype],
         rows,
         classes,
         grad_output.data_ptr(),
         grad_output.stride(0) if grad_output.dim() == 1 else 0,
-        _address(grad_scale),
+        address(grad_scale),
         _launch(_place(grad.device)),
     )
     return grad
@@ -233,7 +222,7 @@ def scale_grad_(grad: Tensor, grad_output: Tensor, grad_scale: Tensor | None) ->
 
 def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOutput:
     """Outputs without values."""
-    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=_acc(student))
+    loss = student.new_empty(student.shape[:1] if reduction == "none" else (), dtype=acc_dtype(student.dtype))
     grad = grad_scale = None
     if need_grad:
         grad = torch.empty_like(student, memory_format=torch.contiguous_format)
@@ -245,9 +234,9 @@ def _allocate(student: Tensor, reduction: Reduction, need_grad: bool) -> LossOut
 def _keyed(seed: int, step: Tensor | int, sample_ids: Tensor | None) -> tuple[int, int, int, int]:
     """Seed, step, the address of a step that is a tensor, and of the ids."""
     if isinstance(step, Tensor):
-        words = _key(seed, 0, sample_ids)
+        words = key(seed, 0, sample_ids)
         return words[0], 0, step.data_ptr(), words[2]
-    words = _key(seed, step, sample_ids)
+    words = key(seed, step, sample_ids)
     return words[0], words[1], 0, words[2]
 
 
@@ -261,7 +250,7 @@ def _launch(
     place: tuple[int, int], scratch: Tensor | None = None, counter: Tensor | None = None
 ) -> tuple[int, int, int, int]:
     """Device, and the addresses of stream, scratch and counter."""
-    return *place, _address(scratch), _address(counter)
+    return *place, address(scratch), address(counter)
 
 
 def _workspace(device: torch.device, place: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy
+from ban_fast.backends.interface import Divergence, LossOutput, Reduction, WeightBy, acc_dtype
 from ban_fast.backends.permutation import permutation
 from ban_fast.backends.reference_rows import kd_rows, label_rows, log_probability, max_probability, probabilities
 
@@ -84,7 +84,7 @@ def cwtm(
     assert source is not None
     rows = _rows(student.shape, source.shape[0], labels, teacher_rows, ignore_index, student.device)
     assert rows.labels is not None
-    source = (source if rows.teacher is None else source[rows.teacher]).to(_acc(student))
+    source = (source if rows.teacher is None else source[rows.teacher]).to(acc_dtype(student.dtype))
     if confidence is None and weight_by == "teacher_label":
         log_c = log_probability(source, rows.labels)
         log_sum = log_c.where(rows.sound, -torch.inf).logsumexp(0) if normalizer is None else normalizer.log()
@@ -93,7 +93,7 @@ def cwtm(
         c = max_probability(source) if confidence is None else source
         weight = c / (c.where(rows.sound, 0).sum() if normalizer is None else normalizer)
 
-    term = label_rows(student.to(_acc(student)), rows.labels)
+    term = label_rows(student.to(acc_dtype(student.dtype)), rows.labels)
     loss = _reduced(torch.where(weight == 0, 0, weight * term.ce), rows, "sum")
     output = LossOutput(loss, torch.zeros_like(loss), loss.clone(), None, None)
     if not need_grad:
@@ -116,7 +116,7 @@ def dkpp_targets(
     shape = teacher.shape if teacher_rows is None else torch.Size((teacher_rows.shape[0], teacher.shape[1]))
     rows = _rows(shape, teacher.shape[0], None, teacher_rows, 0, teacher.device)
     target = teacher if rows.teacher is None else teacher[rows.teacher]
-    target = _permuted(target.to(_acc(teacher)), sample_ids, step, seed)
+    target = _permuted(target.to(acc_dtype(teacher.dtype)), sample_ids, step, seed)
     return torch.where(rows.sound.unsqueeze(1), probabilities(target, temperature), torch.nan)
 
 
@@ -208,7 +208,7 @@ def _refuse(index: Tensor, wrong: Tensor, name: str, limit: str) -> None:
 def _distill(student: Tensor, target: Tensor, rows: _Rows, objective: _Objective, need_grad: bool) -> LossOutput:
     """KD against a teacher's row for each of the student's, and the label term."""
     o = objective
-    z = student.to(_acc(student))
+    z = student.to(acc_dtype(student.dtype))
     term = kd_rows(z, target.to(z.dtype), o.temperature)
     kd_value = term.kl if o.divergence == "kl" else term.kl + term.entropy
     kd_value = _reduced(kd_value * (o.temperature**2 if o.scale_t2 else 1.0), rows, o.reduction)
@@ -260,7 +260,3 @@ def _permuted(target: Tensor, sample_ids: Tensor | None, step: Tensor | int, see
     """The rows [R, C] with every class but their argmax's (lowest index, on fp32 logits) permuted."""
     kept = target.to(torch.float32).argmax(dim=1)
     return target.gather(1, permutation(kept, sample_ids, step, seed=seed, num_classes=target.shape[1]))
-
-
-def _acc(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32

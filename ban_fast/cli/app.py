@@ -130,7 +130,6 @@ def report(
 
 @app.command()
 def info(
-    ctx: typer.Context,
     data_dir: Annotated[
         str | None,
         flag("--data-dir", "DIR", "Where to look for datasets. Default: $BAN_FAST_DATA, else ~/.cache/ban_fast."),
@@ -139,4 +138,4 @@ def info(
     """Print versions, devices, and which backends, datasets and extras are there, or why not."""
     from . import commands
 
-    return commands.info(ctx.obj, data_dir)
+    return commands.info(data_dir)

@@ -120,7 +120,7 @@ def prepare(session: Session, data: str, data_dir: str | None, format: str | Non
     return 0
 
 
-def info(session: Session, data_dir: str | None) -> int:
+def info(data_dir: str | None) -> int:
     """`ban-fast info`."""
     from .info import lines
 

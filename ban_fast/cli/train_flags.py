@@ -154,7 +154,7 @@ def train(
             "--teacher",
             "|".join(TEACHERS),
             "Ask the teacher for each batch, or keep its outputs for each view of an image. Default: auto, by what "
-            "that saves, the same bits either way.",
+            "that saves; the same bits either way with --cache-dtype fp32.",
             _NETWORKS,
         ),
     ] = None,

@@ -39,11 +39,6 @@ class Augmentation:
         """How many views an image has."""
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)
 
-    @property
-    def identity_view(self) -> int:
-        """Index of the view that is the image itself."""
-        return self.padding * (2 * self.padding + 2) * (2 if self.flip else 1)
-
     def apply(self, images: Tensor, views: Tensor) -> Tensor:
         """View `views[i]` of image i: uint8 [B, H, W, C], int64 [B] -> uint8 [B, H, W, C]."""
         _, height, width, channels = images.shape

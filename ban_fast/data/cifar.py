@@ -95,7 +95,6 @@ def read(published: Published, directory: Path) -> Source:
         mean=MEAN,
         std=STD,
         padding=4,
-        crop=True,
         flip=True,
         train=Part.of(images, torch.cat([labels for _, labels in train])),
         test=Part.of(*_read_batch(published, directory / published.test)),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar
 
+from . import hashing
+
 if TYPE_CHECKING:
     from .beton import Beton
 
@@ -83,8 +85,6 @@ class Dataset(Generic[AnySplit]):
     """Of each channel, in units of 0..255."""
     padding: int
     """Pixels that a random crop may move an image by, in each direction."""
-    crop: bool
-    """Whether augmentation "auto" crops."""
     flip: bool
     """Whether augmentation "auto" flips from left to right."""
     train: AnySplit
@@ -126,9 +126,7 @@ class _Rows:
 
 def _hash(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().numpy().data)
+    hashing.add(digest, *tensors)
     return digest.hexdigest()
 
 
@@ -143,8 +141,6 @@ class Source:
     std: tuple[float, ...] | None
     """Likewise."""
     padding: int
-    """As in `Dataset`."""
-    crop: bool
     """As in `Dataset`."""
     flip: bool
     """As in `Dataset`."""

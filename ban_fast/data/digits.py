@@ -41,7 +41,6 @@ def read() -> Source:
         mean=MEAN,
         std=STD,
         padding=1,
-        crop=True,
         flip=False,
         train=Part.of(images[is_train], labels[is_train]),
         test=Part.of(images[test], labels[test]),

@@ -56,7 +56,6 @@ def read(directory: Path, image_size: int) -> Source:
         mean=None,
         std=None,
         padding=min(_PADDING, image_size - 1),
-        crop=True,
         flip=True,
         train=_part(directory / "train", train, classes, image_size),
         test=_part(directory / "test", test, classes, image_size),

@@ -71,11 +71,6 @@ class Loader(Protocol):
         """Shape of one sample as the network takes it: (C, H, W) for images."""
         ...
 
-    @property
-    def num_classes_hint(self) -> int | None:
-        """One more than the largest label, where the labels are known."""
-        ...
-
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on."""
         ...
@@ -120,7 +115,6 @@ class KeyedLoader:
         self._shuffle = shuffle
         self._drop_last = drop_last and len(labels) >= batch_size
         self.shard = shard
-        self.num_classes_hint = int(labels.max()) + 1
 
     def __len__(self) -> int:
         """Samples, not batches."""

@@ -1,13 +1,13 @@
 """Penn Treebank as Mikolov published it (ptb.train.txt, ptb.valid.txt, ptb.test.txt), and corpora laid out alike."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from ..errors import UserError
 from . import corpus
 from .corpus import SPLITS, Corpus, Level
 from .download import Progress, download, in_one_piece
+from .places import data_directory
 from .scratch import remove_abandoned
 
 SUMS = {
@@ -37,7 +37,7 @@ def load_corpus(name: str | Path, *, directory: str | Path | None = None, level:
     """
     if level not in ("word", "character"):
         raise UserError(f"level must be 'word' or 'character', got {level!r}")
-    root = _root(directory)
+    root = data_directory(directory)
     if str(name) == "ptb":
         return _ptb(root, level)
     place = _folder(name, root)
@@ -54,7 +54,7 @@ def prepare_ptb(directory: str | Path | None = None, progress: Progress | None =
     `directory`: theirs, or its parent; None: as for `load_corpus`. UserError as there, and for no network, another sum,
     or no space; nothing half-written stays behind.
     """
-    root = _root(directory)
+    root = data_directory(directory)
     wanted = root if root.name == "ptb" else root / "ptb"
     remove_abandoned(wanted.parent)
     place = locate(root)
@@ -81,14 +81,10 @@ def is_text(name: str | Path, directory: str | Path | None = None) -> bool:
     """
     if str(name) == "ptb":
         return True
-    place = _folder(name, _root(directory))
+    place = _folder(name, data_directory(directory))
     return (
         place is not None and not (place / "train").is_dir() and any(p.is_file() for p in corpus.files(place).values())
     )
-
-
-def _root(directory: str | Path | None) -> Path:
-    return Path(directory or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
 
 
 def _folder(name: str | Path, root: Path) -> Path | None:

@@ -12,6 +12,7 @@ from ..errors import OptionError, UserError, suggest
 from . import beton, cifar, digits, download, folder, ptb, splits
 from .beton import Beton
 from .dataset import AnySplit, Dataset, Part, Source, Split, StoredSplit
+from .places import data_directory
 from .scratch import remove_abandoned
 
 _FOLDER_IMAGE_SIZE = 32
@@ -111,7 +112,6 @@ def _divided(
         mean=mean,
         std=std,
         padding=source.padding,
-        crop=source.crop,
         flip=source.flip,
         train=train_split,
         validation=None if validation is None else split(source.train, validation),
@@ -131,12 +131,12 @@ def prepare(name: str, directory: str | Path | None = None, *, progress: downloa
         UserError: unknown name, no network, wrong sum, full disk; nothing half-written stays behind.
     """
     if name in cifar.CIFAR:
-        return download.fetch(cifar.CIFAR[name], _root(directory), progress)
+        return download.fetch(cifar.CIFAR[name], data_directory(directory), progress)
     if name == "ptb":
         return ptb.prepare_ptb(directory, progress)
     if name == "digits":
         return digits.FILE
-    if _folder(name, _root(directory)) is not None:
+    if _folder(name, data_directory(directory)) is not None:
         raise UserError(
             f"{name} is a folder of images, which needs no preparation but FFCV's (--format ffcv); "
             f"only {', '.join(cifar.CIFAR)} and ptb do"
@@ -198,13 +198,9 @@ def _command(name: str, directory: str | Path | None, image_size: int | None) ->
     return shlex.join(["ban-fast", "prepare", name, "--format", "ffcv", *given])
 
 
-def _root(directory: str | Path | None) -> Path:
-    return Path(directory or os.environ.get("BAN_FAST_DATA") or "~/.cache/ban_fast").expanduser()
-
-
 def _source(name: str, directory: str | Path | None, image_size: int | None) -> tuple[Source, Path]:
     """The dataset, and what the paths of the files made from it begin with."""
-    root = _root(directory)
+    root = data_directory(directory)
     if name in names():
         source, stem = (digits.read(), root / name) if name == "digits" else _cifar(name, root)
         own = 8 if name == "digits" else 32

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .dataset import Split, StoredSplit
 from .folder import cores
 from .loaders import ImageLoader, MemoryLoader
@@ -86,10 +86,9 @@ class TorchLoader(StreamedLoader):
         except (RuntimeError, OSError, EOFError) as error:
             if "Caught" in str(error):  # an error of the reading itself, with its traceback
                 raise
-            detail = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"a process that reads images failed: {detail}; these take memory, and shared memory for two batches "
-                "each (/dev/shm, in containers --shm-size): free some, or use a smaller batch size"
+                f"a process that reads images failed: {first_line(error)}; these take memory, and shared memory for "
+                "two batches each (/dev/shm, in containers --shm-size): free some, or use a smaller batch size"
             ) from error
 
 

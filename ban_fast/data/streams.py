@@ -104,7 +104,6 @@ class TextLoader:
         self._streams = StreamLoader(text, batch_size=batch_size, length=length, training=training, device=device)
         self.steps_per_epoch = self._streams.steps_per_epoch
         self.sample_shape = (length,)
-        self.num_classes_hint = int(text.max()) + 1
         self.shard = shard
         self._own = shard.cut(slice(0, batch_size))
 

@@ -97,8 +97,6 @@ class WrappedDataLoader:
         self._dtype = dtype
         self._num_classes = num_classes
 
-    num_classes_hint = None
-
     @functools.cached_property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample as the network takes it; found by drawing a batch, random state of torch unmoved."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import UserError
+from .ensembles import AVERAGES
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 MODEL, METRICS, STATE = "model.safetensors", "metrics.jsonl", "state.pt"
@@ -129,7 +130,7 @@ def _is_vote(record: dict[str, Any], generations: int) -> bool:
     return (
         isinstance(members, list)
         and all(type(member) is int and 0 <= member < generations for member in members)
-        and record.get("average") in ("probabilities", "logits")
+        and record.get("average") in AVERAGES
     )
 
 

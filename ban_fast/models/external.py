@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError, suggest
+from ..errors import UserError, first_line, suggest
 
 
 def torchvision(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
@@ -91,8 +91,7 @@ def _built(name: str, build: Callable[[], nn.Module], num_classes: int) -> nn.Mo
     try:
         network = build()
     except Exception as error:  # what another library raises for an option it has not: TypeError, ValueError, more
-        problem = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{name} cannot be built: {problem}") from error
+        raise UserError(f"{name} cannot be built: {first_line(error)}") from error
     network.register_forward_hook(partial(_require_logits, name, num_classes))
     return network
 

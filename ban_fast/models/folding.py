@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..errors import first_line
 from . import checks
 from .classifier import Classifier
 from .densenet import DenseNet
@@ -86,8 +87,8 @@ def fold(network: nn.Module, *, into_convolutions: bool) -> nn.Module:
         with torch.no_grad():
             graph = tracer.trace(network)
     except Exception as error:  # whatever a network's own code makes of a value that isn't there
-        reason = str(error).strip().partition("\n")[0]
-        raise NotFolded(f"its operations can't be followed ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise NotFolded(f"its operations can't be followed ({reason})") from error
     traced = fx.GraphModule(network, graph)
     count = 0
     for node in list(graph.nodes):

@@ -31,7 +31,6 @@ class LanguageModel(nn.Module):
             checks.whole(name, value)
         dropout = checks.share("dropout", dropout)
         self.hidden = hidden
-        self.words = words
         self.lstm = nn.LSTM(inputs, hidden, layers, dropout=dropout if layers > 1 else 0.0)
         self.dropout = nn.Dropout(dropout)
         self.weight = None if tied else nn.Parameter(torch.empty(words, hidden))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import Backend, LossOutput, Usual
+from ban_fast.backends.interface import Backend, LossOutput, Usual, acc_dtype
 from ban_fast.ops.checks import DTYPES
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -108,7 +108,7 @@ def _shaped(value: Tensor, logits: Tensor) -> Tensor:
 
 
 def as_operand(value: Tensor | int, logits: Tensor) -> Tensor:
-    """A tensor, as operators take it, of a step that may be an int: of the logits' kind and on their device."""
+    """`value` as the int64 tensor an operator takes; an int becomes a 0-d tensor on the logits' device."""
     return value if isinstance(value, Tensor) else logits.new_full((), value, dtype=torch.int64)
 
 
@@ -148,7 +148,7 @@ def explain(error: RuntimeError, inputs: Iterable[object]) -> None:
 
 
 def refuse_forward_mode(logits: Tensor, what: str = "a ban_fast loss") -> None:
-    """RuntimeError for what a loss would be differentiated by in forward mode."""
+    """RuntimeError if `logits` carry a forward-mode tangent: the losses have no such derivative; `what` names one."""
     if forward_ad._current_level < 0:  # as everywhere but in forward mode; asking the tensor would cost 0.3 us
         return
     if forward_ad.unpack_dual(logits).tangent is not None:  # type: ignore[no-untyped-call]
@@ -238,7 +238,7 @@ torch.library.define(
 
 @torch.library.impl("ban_fast::scale_grad", "default")
 def _scale_grad(grad: Tensor, grad_output: Tensor, grad_scale: Tensor, backend: str) -> Tensor:
-    acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(grad.dtype)
     if grad_output.shape not in ((), grad.shape[:1]) or grad_output.dtype != acc:
         raise ValueError(
             f"grad_output: a {grad_output.dtype} tensor of shape {list(grad_output.shape)} was given; "
@@ -270,7 +270,7 @@ def pack(output: LossOutput) -> Packed:
 
 def packed_fake(student: Tensor, reduction: str, need_grad: bool) -> Packed:
     """The shapes and dtypes of `pack`'s result for a student [R, C]."""
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(student.dtype)
     shape = (student.shape[0],) if reduction == "none" else ()
     loss, kd, label = (student.new_empty(shape, dtype=acc) for _ in range(3))
     grad = student.new_empty(student.shape) if need_grad else student.new_empty(0, dtype=acc)

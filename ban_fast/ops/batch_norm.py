@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ban_fast.backends.dense_passes import acc_dtype
 from ban_fast.backends.dense_statistics import finish, sum_over_ranks
+from ban_fast.backends.interface import acc_dtype
 
 __all__ = ["batch_norm"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import WeightBy
+from ban_fast.backends.interface import WeightBy, acc_dtype
 from ban_fast.ops import checks
 from ban_fast.ops.autograd import Packed, Result, evaluate, flat, flat_rows, pack, packed_fake
 
@@ -53,8 +53,13 @@ def cwtm_loss(
     teacher_logits: Tensor | None,
     labels: Tensor,
     *,
+    weight_by: WeightBy = "teacher_max",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    confidence: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
     return_terms: Literal[True],
-    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -74,7 +79,7 @@ def cwtm_loss(
 ) -> Tensor: ...
 
 
-def cwtm_loss(  # type: ignore[misc]  # the first overload passes its options on unnamed
+def cwtm_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor | None,  # [..., C], or [M, C] with teacher_rows; None with confidence
     labels: Tensor,  # [...] int64
@@ -108,7 +113,7 @@ def cwtm_loss(  # type: ignore[misc]  # the first overload passes its options on
     checks.check_teacher_rows(teacher_rows, student_logits)
     if normalizer is not None:
         checks.check_normalizer(normalizer, student_logits)
-        normalizer = normalizer.detach().to(torch.float64 if student_logits.dtype == torch.float64 else torch.float32)
+        normalizer = normalizer.detach().to(acc_dtype(student_logits.dtype))
     teacher = None if teacher_logits is None or confidence is not None else flat(teacher_logits)
     return evaluate(
         "cwtm",

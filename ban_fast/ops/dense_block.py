@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dense_dispatch as backend
-from ban_fast.backends.dense_passes import acc_dtype
 from ban_fast.backends.dense_shape import Norm, Shape
+from ban_fast.backends.interface import acc_dtype
 from ban_fast.ops.autocast import autocast_dtype
 from ban_fast.ops.autograd import is_traced, refuse_forward_mode
 

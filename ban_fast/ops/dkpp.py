@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import Divergence, Reduction
+from ban_fast.backends.interface import Divergence, Reduction, acc_dtype
 from ban_fast.ops import checks
 from ban_fast.ops.autograd import (
     Packed,
@@ -83,8 +83,7 @@ def _dkpp_targets_fake(
     teacher: Tensor, sample_ids: Tensor | None, step: Tensor, teacher_rows: Tensor | None, **options: Any
 ) -> Tensor:
     rows = teacher.shape[0] if teacher_rows is None else teacher_rows.shape[0]
-    dtype = torch.float64 if teacher.dtype == torch.float64 else torch.float32
-    return teacher.new_empty((rows, teacher.shape[1]), dtype=dtype)
+    return teacher.new_empty((rows, teacher.shape[1]), dtype=acc_dtype(teacher.dtype))
 
 
 torch.library.register_fake("ban_fast::dkpp_targets", _dkpp_targets_fake)
@@ -96,8 +95,19 @@ def dkpp_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    kd_weight: float = 1.0,
+    label_weight: float = 0.0,
+    divergence: Divergence = "kl",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+    step: Tensor | int = 0,
+    sample_ids: Tensor | None = None,
+    teacher_rows: Tensor | None = None,
     return_terms: Literal[True],
-    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -123,7 +133,7 @@ def dkpp_loss(
 ) -> Tensor: ...
 
 
-def dkpp_loss(  # type: ignore[misc]  # the first overload passes its options on unnamed
+def dkpp_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor,  # [..., C], or [M, C] with teacher_rows
     labels: Tensor | None = None,  # [...] int64

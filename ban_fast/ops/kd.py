@@ -46,8 +46,16 @@ def kd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    label_weight: float = 0.0,
+    divergence: Divergence = "kl",
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+    teacher_rows: Tensor | None = None,
     return_terms: Literal[True],
-    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -70,7 +78,7 @@ def kd_loss(
 ) -> Tensor: ...
 
 
-def kd_loss(  # type: ignore[misc]  # the first overload passes its options on unnamed
+def kd_loss(
     student_logits: Tensor,  # [..., C]
     teacher_logits: Tensor,  # [..., C], or [M, C] with teacher_rows
     labels: Tensor | None = None,  # [...] int64

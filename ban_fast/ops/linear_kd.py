@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ban_fast.backends.interface import Reduction
+from ban_fast.backends.interface import Reduction, acc_dtype
 from ban_fast.ops import checks
 from ban_fast.ops.autocast import autocast_dtype
 from ban_fast.ops.autograd import (
@@ -100,8 +100,7 @@ def _linear_kd_fake(
     need_bias: bool,
     **options: Any,
 ) -> Packed:
-    is_double = (autocast or torch.promote_types(hidden.dtype, weight.dtype)) == torch.float64
-    acc = torch.float64 if is_double else torch.float32
+    acc = acc_dtype(autocast or torch.promote_types(hidden.dtype, weight.dtype))
     loss, kd, label = (hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=acc) for _ in range(3))
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=acc)
     grad_weight = hidden.new_empty(weight.shape if need_weight else (0,), dtype=acc)
@@ -250,8 +249,19 @@ def fused_linear_kd(
     student_weight: Tensor,
     labels: Tensor | None = None,
     *,
+    teacher_logits: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    kd_weight: float = 1.0,
+    label_weight: float = 0.0,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    chunk_bytes: int | None = None,
     return_terms: Literal[True],
-    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -277,7 +287,7 @@ def fused_linear_kd(
 ) -> Tensor: ...
 
 
-def fused_linear_kd(  # type: ignore[misc]  # the first overload passes its options on unnamed
+def fused_linear_kd(
     student_hidden: Tensor,  # [..., H]
     student_weight: Tensor,  # [V, H]
     labels: Tensor | None = None,  # [...] int64

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dispatch
-from ban_fast.backends.interface import LossOutput, Reduction
+from ban_fast.backends.interface import LossOutput, Reduction, acc_dtype
 from ban_fast.ops import products
 
 CHUNK_BYTES = {"cpu": 5 << 20, "cuda": 1 << 30}
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
 
 class Sums:
-    """The gradients of hidden states, weight and bias, chunk by chunk: each times `scale`, 0-d, is what they are."""
+    """Running sums of the gradients of hidden states, weight and bias; the gradient is the sum times `scale` (0-d)."""
 
     def __init__(self, task: Task, row_weights: Tensor | None, need: Need) -> None:
         (rows, width), classes, acc = task.hidden.shape, task.student.weight.shape[0], task.student.acc
@@ -114,7 +114,7 @@ class Sums:
 def layer(weight: Tensor, bias: Tensor | None, hidden: Tensor, autocast: torch.dtype | None) -> Layer:
     """The layer for such hidden states; `autocast` is the dtype that F.linear would cast both to."""
     rounded_to = autocast or torch.promote_types(hidden.dtype, weight.dtype)
-    acc = torch.float64 if rounded_to == torch.float64 else torch.float32
+    acc = acc_dtype(rounded_to)
     operands = rounded_to if multiplies_halves(weight.device) else acc
     wide_bias = None if bias is None else bias.to(rounded_to).to(acc).contiguous()
     return Layer(products.dense(weight.to(rounded_to).to(operands)), wide_bias, rounded_to, acc)
@@ -208,7 +208,8 @@ def bytes_per_row(task: Task, need_grad: bool) -> int:
 
 
 def chunk_size(rows: int, each: int, budget: int, device_type: str) -> int:
-    """Rows of a chunk, at least one: about as many in all, by whole tiles; `each` and `budget` in bytes."""
+    """Rows a chunk holds: at most `budget // each` (bytes), chunks as equal as possible, in whole tiles where one fits;
+    at least 1."""
     most = max(1, budget // each)
     even = math.ceil(rows / max(1, math.ceil(rows / most)))
     tile = TILE.get(device_type, TILE["cpu"])

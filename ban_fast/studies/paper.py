@@ -43,7 +43,7 @@ def table(
     for seed in seeds:
         for varied, recipe in tables[number]():
             config = dataclasses.replace(recipe, seed=seed)
-            listed.append(({**varied, "seed": seed}, config if adjusted is None else adjusted(config)))
+            listed.append(({**varied, "seed": seed}, adjusted(config)))
     return Study.of(listed)
 
 

@@ -77,11 +77,6 @@ def _gpus(number: int, share: float, gpus: Sequence[str]) -> tuple[str, ...] | N
     return tuple(gpus[number * int(share) : (number + 1) * int(share)])
 
 
-def cores_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def gpus_here() -> list[str]:
     """Ids of the GPUs that this process may use."""
     import torch

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..config import Config
+from ..data.folder import cores
 from ..errors import UserError
 from ..evaluation.run_directory import CONFIG, RunDirectory
 from ..training import Interrupted
@@ -17,7 +18,7 @@ from ..training.run_store import config_differences
 from . import sharing
 from .engines import ENGINES, Engine, LocalPool
 from .on_ray import RayEngine, is_asked_for
-from .resources import Resources, cores_here, gpus_here, local_slots, threads_asked
+from .resources import Resources, gpus_here, local_slots, threads_asked
 from .study import STUDY, Study, StudyRun
 from .worker import Outcome
 
@@ -56,15 +57,27 @@ def run_study(
 ) -> dict[str, str]:
     """Execute every run of a study, each in its directory `out`/NAME; returns why runs failed, by name: {} is success.
 
-    `engine` is "local" (processes of this machine), "ray", or "auto": Ray where RAY_ADDRESS names a cluster. On Ray
-    `out` must be a directory that all its machines share. `workers` runs go on at once, each with `cpus_per_run`
-    threads, one at least, and `gpus_per_run` GPUs (None: what there is, shared equally). A run whose process fails is
-    tried again from its checkpoint, `retries` times; a user's mistake is not; neither ends the others. `resume` goes
-    on with the study in `out`, which `study`, unless it is None, must be. Where `should_stop` is true, all save
-    themselves and Interrupted is raised. Results are those of separate runs: on as many CPU threads, to the bit.
+    Results are those of separate runs: on as many CPU threads, to the bit.
 
-    UserError: nothing to resume, a directory in use, resources that are not there, Ray asked for and not installed; in
-    one of torchrun's processes.
+    Args:
+        study: the runs. None, with `resume`: the study stored in `out`.
+        out: the study's directory; on Ray one that all its machines share.
+        engine: "local" (processes of this machine), "ray", or "auto": Ray where RAY_ADDRESS names a cluster.
+        workers: runs at once. None: as many as fit.
+        cpus_per_run: cores of each run, which has as many threads, one at least. None: what there is, shared equally;
+            on Ray 1.
+        gpus_per_run: GPUs of each run; 0.5 lets two share one. None: 1 where there are GPUs, or what there is for each
+            of `workers`.
+        retries: how often a run whose process fails is tried again from its checkpoint. A user's mistake is not tried
+            again; neither ends the other runs.
+        resume: continue the study stored in `out`; a `study` given with it must be that one.
+        observer: told of everything as it happens. None: nobody.
+        should_stop: where it is true, all runs save themselves and Interrupted is raised.
+
+    Raises:
+        UserError: nothing to resume, a directory in use, resources that are not there, Ray asked for and not installed;
+            in one of torchrun's processes.
+        Interrupted: `should_stop` said so; what was done is in `out`.
     """
     if engine not in ENGINES:
         raise UserError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
@@ -144,7 +157,7 @@ def _engine(name: str, directory: Path, asked: Resources, study: Study) -> Engin
     wants_gpus = any(run.config.device != "cpu" for run in study.runs)
     if name == "ray" or (name == "auto" and is_asked_for()):
         return RayEngine(directory, asked, wants_gpus)
-    slots = local_slots(asked, cores_here(), gpus_here() if wants_gpus else [], threads_asked())
+    slots = local_slots(asked, cores(), gpus_here() if wants_gpus else [], threads_asked())
     return LocalPool(directory, slots)
 
 

@@ -92,7 +92,8 @@ def note(directory: Path, study: Study) -> str | None:
         return None
     shown = {unit: sum(record.get(f"forward_{unit}", 0) for record in kept) for unit in ("images", "tokens")}
     what = " and ".join(f"{count:,} {unit}" for unit, count in shown.items() if count) or "no images"
-    return f"teachers that several runs share were shown {what}, once for {sum(len(r['students']) for r in kept)} runs"
+    count = sum(len(record["students"]) for record in kept)
+    return f"teachers that several runs share were shown {what}, once for {count} run{'s' * (count > 1)}"
 
 
 def clear(directory: Path, teacher: str) -> None:

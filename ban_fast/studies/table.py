@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..evaluation import RunDirectory
+from ..evaluation import AVERAGES, RunDirectory
 from ..report import describe, paper
 from . import sharing
 from .grammar import written
@@ -22,7 +22,6 @@ from .study import Study, StudyRun
 _HEADINGS = {"error": "error %", "nll": "NLL", "ece": "ECE"}
 _SPLITS = ("test", "validation", "valid")
 """The first that a record has is the one that counts; texts call theirs "valid"."""
-_AVERAGES = ("probabilities", "logits")
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,10 @@ def _published(run: StudyRun) -> dict[str, float]:
 def _figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """A run's metrics by generation and ensemble, as the table calls them."""
     found = {describe.generation(record["generation"]): _metrics(record) for record in results["generations"]}
-    for average in _AVERAGES:
+    for average in AVERAGES:
         for record in results["ensembles"]:
             if record["average"] == average:
-                note = "" if average == _AVERAGES[0] else f" ({average})"
+                note = "" if average == AVERAGES[0] else f" ({average})"
                 found[describe.members(record["members"]) + note] = _metrics(record)
     return found
 

@@ -88,7 +88,7 @@ def _wanted(
     teacher: CachedTeacher, loader: KeyedLoader, steps: Mapping[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:  # int64 [n] each
     """Places, views and keys of what is not known: each once, in the order of training."""
-    is_wanted = torch.zeros(teacher.all, dtype=torch.bool, device=teacher.device)
+    is_wanted = torch.zeros(teacher.capacity, dtype=torch.bool, device=teacher.device)
     found = []
     for epoch, count in steps.items():
         plan = loader.plan(epoch)

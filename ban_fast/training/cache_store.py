@@ -15,6 +15,7 @@ there is always the beginning of what was computed, and a resumed run computes t
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -37,9 +38,16 @@ DESCRIPTION, ROWS, CONFIDENCE, INDEX = "cache.json", "rows.bin", "confidence.bin
 _HEAD = struct.Struct(
     "<IIII8s"
 )  # CRC-32 of description, rest and keys, of rows and confidences; rows; images forwarded; owner
+NOBODY = bytes(8)
+"""The owner of rows that no run has to tell from others'."""
 _KEY_BYTES = 8
 _CONFIDENCE_BYTES = 4
 _FIRST_CAPACITY = 1024
+
+
+def owner_of(directory: Path) -> bytes:
+    """8 bytes that tell the rows of a run in this directory from those of others."""
+    return hashlib.blake2b(str(directory.resolve()).encode(), digest_size=8).digest()
 
 
 class Rows(Protocol):
@@ -126,7 +134,7 @@ class FileRows:
         description: dict[str, Any],
         width: int,
         dtype: torch.dtype,
-        owner: bytes = bytes(8),
+        owner: bytes = NOBODY,
         with_confidence: bool = False,
         is_reader: bool = False,
     ) -> None:

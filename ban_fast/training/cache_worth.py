@@ -116,9 +116,10 @@ def check_cache(config: Config, task: Task, home: Path | None, resume: bool = Fa
 
 
 def only_confidence_of(config: Config, objectives: Sequence[str]) -> bool:
-    """Whether CWTM's number is all that is kept. Kernels know it to more digits than fp32: never unasked.
+    """Whether only CWTM's confidences are stored (1 number a row).
 
-    In a place that is named it is logits, from which the other objectives' students learn too.
+    Only if asked for, by mode "cache", since fp32 rounds what kernels compute more exactly. In a place that is named
+    logits are stored, from which the other objectives' students learn too.
     """
     is_own = config.teacher.cache_directory is None
     return is_own and config.teacher.mode == "cache" and set(objectives) == {"cwtm"}

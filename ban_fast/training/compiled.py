@@ -5,7 +5,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from ..errors import OptionError
+from ..errors import OptionError, first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ def _told(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*arguments, **named)
         except BackendCompilerFailed as error:
-            reason = str(error.inner_exception).strip().split("\n")[0]
+            reason = first_line(error.inner_exception)
             raise OptionError("step", f"torch.compile failed ({reason}); use eager, and no --compile") from error
 
     return call

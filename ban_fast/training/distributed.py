@@ -149,8 +149,8 @@ class Ranks:
                 met, cause = problem
                 raise met from cause
 
-    def send(self, tensor: Tensor, rank: int) -> Tensor:
-        """`tensor`, now that of `rank`, whose others are as large."""
+    def broadcast(self, tensor: Tensor, rank: int) -> Tensor:
+        """Overwrite `tensor` on every rank with that of `rank`, and return it; shapes and dtypes must agree."""
         if not self.is_alone:
             dist.broadcast(tensor, rank)
         return tensor

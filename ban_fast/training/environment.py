@@ -31,7 +31,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the vector instructions that torch uses there."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -43,7 +43,8 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's model, as the system calls it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

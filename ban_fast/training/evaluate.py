@@ -33,12 +33,21 @@ def evaluate_run(
 
     But for what it says of a language model's best epoch, whose weights are not kept unless it was the last.
 
-    On the machine and with the threads of the run the figures are the same to the last bit. `members` chooses
-    generations, 0 (the teacher) among them if wanted: then only their records are there, and their one ensemble by
-    either average. `data_dir` is where the data lie, if not where the run had them. `model`, `train`, `test` and
-    `validation` are the caller's own, for a run that was given them.
+    On the machine and with the threads of the run the figures are the same to the last bit.
 
-    UserError: not a run directory, nothing finished in it, members that it has not, damaged files, missing data.
+    Args:
+        path: the run directory.
+        members: generations, 0 (the teacher) among them if wanted: then only their records are there, and their one
+            ensemble by either average. None: all, and the run's own ensembles.
+        data_dir: where the data lie. None: where the run had them.
+        device: "cpu", "cuda", or "auto": CUDA where there is a device.
+        model: the caller's own, for a run that was given it, as for `run`.
+        train: likewise.
+        test: likewise.
+        validation: likewise.
+
+    Raises:
+        UserError: not a run directory, nothing finished in it, members that it has not, damaged files, missing data.
     """
     directory = RunDirectory(path)
     config = stored_config(directory)

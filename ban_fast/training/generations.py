@@ -1,7 +1,6 @@
 """The sequence of teaching selves (Furlanello et al. 2018, eqs. 1-4): a teacher, its students, and their vote."""
 
 import gc
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from ..errors import OptionError, UserError
 from .accumulate import parts_of
 from .adoption import adopt_teacher
 from .cache_fill import fill_ahead
+from .cache_store import NOBODY, owner_of
 from .cache_worth import check_cache
 from .compiled import check_compiler
 from .distributed import Ranks, joined
@@ -54,19 +54,32 @@ def run(
 ) -> Results:
     """Train a teacher and `config.generations` students, each on the outputs of the one before, and let them vote.
 
-    `model` builds a fresh network of the caller's own; `train`, `test` and `validation` are its data, each two tensors
-    (x [N, ...], y [N]) or a DataLoader of such batches. What is left out, `config` says; of a text the network takes
-    (tokens [T, B], state), None at first, and returns (logits [T, B, V], state). Without `test` there are no
-    test figures. `out` is the run directory (None: no files), `resume` goes on with the run in it, or returns its
-    results if it is finished. `teacher_from` is the directory of a run whose teacher would be this one's to the bit, as
-    its configuration differs in what students learn from and in their number alone: generation 0 is copied from there,
-    unless it is here already. `outputs_from` is a directory in which what that teacher says to generation 1 has been
-    put down (`shared.share_outputs`), to be read there. `should_stop` is asked after every step, of recorded ones after
-    every replay: where it is true, all is saved and Interrupted is raised. The caller's random generators are left as
-    found.
+    The caller's random generators are left as found.
 
-    UserError: data, network or options that don't fit each other, a directory in use, a damaged or another run's
-    checkpoint, a loss that is not finite, a full disk.
+    Args:
+        config: the run; what of network and data is not passed below, it names.
+        model: builds a fresh network of the caller's own. One of images takes what `train` serves and returns logits
+            [B, classes]; one of a text takes (tokens [T, B], state), None at first, and returns (logits [T, B, V],
+            state).
+        train: the caller's own data: two tensors (x [N, ...], y [N]), or a DataLoader of such batches.
+        test: likewise; without it a run on `train` has no test figures.
+        validation: likewise.
+        out: the run directory. None: no files.
+        resume: go on with the run in `out`, or return its results if it is finished.
+        teacher_from: directory of a run whose teacher would be this one's to the bit, as its configuration differs in
+            what students learn from and in their number alone: generation 0 is copied from there, unless it is here
+            already.
+        outputs_from: directory in which what that teacher says to generation 1 has been put down
+            (`shared.share_outputs`), to be read there.
+        observer: told of everything as it happens. None: nobody.
+        should_stop: asked after every step, of recorded ones after every replay: where it is true, all is saved and
+            Interrupted is raised.
+
+    Raises:
+        UserError: data, network or options that don't fit each other, a directory in use, a damaged or another run's
+            checkpoint, a loss that is not finite, a full disk.
+        Interrupted: `should_stop` said so; what was done is in `out`.
+        RankLost: another process of this run has ended.
     """
     config = with_own(config, model, train, [test, validation])
     config.validate()
@@ -271,8 +284,8 @@ def _teachers(
 def _owner(home: Path | None, config: Config) -> bytes:
     """Tells a run's own rows from those of others in a place that they share."""
     if home is None or config.teacher.cache_directory is None:
-        return bytes(8)
-    return hashlib.blake2b(str(home.resolve()).encode(), digest_size=8).digest()
+        return NOBODY
+    return owner_of(home)
 
 
 def _plan(config: Config, task: Task, finished: int) -> Plan:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import Config, ObjectiveConfig
 from ..data import Batch, Loader
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .accumulate import added, parts, with_total
 from .compiled import compiled
 from .evaluator import Evaluator
@@ -205,7 +205,7 @@ class Learner:
         except ValueError as error:
             if len(batch.images) > 1 or isinstance(error, UserError):
                 raise
-            problem = str(error).partition("\n")[0]  # batch normalisation has no variance of one value
+            problem = first_line(error)  # batch normalisation has no variance of one value
             raise UserError(
                 f"the network cannot be trained on a batch of one sample ({problem}): choose another batch size, or "
                 "drop_last=True in your own DataLoader"

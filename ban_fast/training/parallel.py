@@ -49,7 +49,8 @@ class Parallel:
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """After the last backward: buffers, batch norm's running statistics, become the mean over all samples' ranks.
+        """After the last backward: buffers, batch norm's running statistics, become the mean over ranks, weighted by
+        each rank's share of the samples.
 
         UserError for a parameter that no gradient came to, in the first step.
         """

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import torch
 
+from ..errors import first_line
+
 WARM_UPS = 3
 """Steps made as they are before one is recorded: libraries choose their kernels, and allocate, when first called."""
 SIZES = (1, 4, 8)
@@ -125,7 +127,7 @@ class Recorded:
             cause = _first_cause(error)
             if not isinstance(cause, Exception):  # whoever interrupts is heeded
                 raise cause from None
-            raise NotRecorded(str(cause).strip().split("\n")[0] or type(cause).__name__) from error
+            raise NotRecorded(first_line(cause)) from error
         return graph
 
 

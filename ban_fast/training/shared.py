@@ -1,6 +1,5 @@
 """What one teacher says to the students of several runs, computed once and ahead, where each of them reads it."""
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -11,6 +10,7 @@ from ..config import Config
 from ..data import KeyedLoader, Loader, MemoryLoader, TensorLoader
 from ..errors import UserError
 from .cache_fill import Stop, fill_ahead, fill_in_order
+from .cache_store import owner_of
 from .cache_worth import check_cache, not_worth
 from .distributed import ALONE
 from .generations import prepared
@@ -47,8 +47,8 @@ def share_outputs(teacher: Path, students: Sequence[Config], place: Path, should
         network = task.network(0)
         store.load_network(0, network)
         loader = task.train(derived_seed(generation_seed(config.seed, 1), "order"))
-        owner = hashlib.blake2b(str(teacher.resolve()).encode(), digest_size=8).digest()
-        chosen, said = choose_teacher(network, config, task, loader, objectives, None, owner, students=len(students))
+        owner, count = owner_of(teacher), len(students)
+        chosen, said = choose_teacher(network, config, task, loader, objectives, None, owner, students=count)
         stack.callback(chosen.close)
         if not isinstance(chosen, CachedTeacher):
             return {"mode": "live", "said": said}

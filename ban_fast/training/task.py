@@ -23,9 +23,10 @@ from ..data import (
     StoredSplit,
     TensorLoader,
     WrappedDataLoader,
+    hashing,
     open_loader,
 )
-from ..errors import OptionError, UserError
+from ..errors import OptionError, UserError, first_line
 from .distributed import ALONE, Ranks
 from .evaluator import Evaluator, ImageEvaluator
 from .parallel import check_shares
@@ -287,9 +288,8 @@ def _own_views(samples: Samples) -> Views | None:
 def hash_of(tensors: Iterable[Tensor], text: str) -> str:
     """Of their types, shapes and bytes, and a text."""
     digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for tensor in tensors:  # one at a time: they may be read from files
+        hashing.add(digest, tensor)
     return digest.hexdigest()
 
 
@@ -313,13 +313,8 @@ def _dataset_evaluation(config: Config, dataset: Dataset[Any], device: torch.dev
 def _augmentation(config: DataConfig, dataset: Dataset[Any]) -> Augmentation | None:
     if config.augmentation == "none":
         return None
-    crop = dataset.crop if config.augmentation == "auto" else True
     flip = dataset.flip if config.augmentation == "auto" else config.augmentation == "crop+flip"
-    if not (crop or flip):
-        return None
-    return Augmentation(
-        padding=dataset.padding if crop else 0, flip=flip, fill="reflect" if config.padding == "reflect" else "zero"
-    )
+    return Augmentation(padding=dataset.padding, flip=flip, fill="reflect" if config.padding == "reflect" else "zero")
 
 
 def _on_device(split: Split | StoredSplit, device: torch.device) -> Split | StoredSplit:
@@ -412,11 +407,6 @@ def _output_width(network: nn.Module, shape: tuple[int, ...], device: torch.devi
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the network must return logits [B, classes], got {got} for 2 samples")
     return logits.shape[1]
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message, or its type's name."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _count(loader: Loader) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch
+from ..data import Batch, hashing
 from ..errors import UserError
 from .reader import Forward, Reader
 
@@ -46,7 +46,7 @@ class Teacher(Protocol):
         ...
 
     def addresses(self) -> Sequence[int]:
-        """Where a call reads what may move later."""
+        """Data pointers of tensors that may be reallocated later; a recorded step is void when one changes."""
         ...
 
     def __call__(self, batch: Batch) -> Taught:
@@ -179,8 +179,8 @@ def fingerprint(network: nn.Module) -> str:
     """A hash of every parameter and buffer, by name, shape, type and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{name} ".encode())
+        hashing.add(digest, tensor)
     return digest.hexdigest()
 
 

@@ -116,7 +116,7 @@ class CachedTeacher(Frozen):
         return self._rows.count
 
     @property
-    def all(self) -> int:
+    def capacity(self) -> int:
         """Views of all samples: rows that there could be."""
         return len(self._slots)
 
@@ -179,7 +179,7 @@ class CachedTeacher(Frozen):
             forwards[rank] = chunks * self._batch_size
             if count:
                 some = mine if rank == self._ranks.rank and mine is not None else self._empty(count)
-                self._append(Computed(*(self._ranks.send(tensor, rank) for tensor in some)), forwards[rank])
+                self._append(Computed(*(self._ranks.broadcast(tensor, rank) for tensor in some)), forwards[rank])
 
     def share(self) -> None:
         """Give the rows that rank 0 has taken up to all ranks; to be called by all, once."""
@@ -196,7 +196,7 @@ class CachedTeacher(Frozen):
                 if self._confidence is not None:
                     some.confidence.copy_(self._confidence.table[part])
             for tensor in some:
-                self._ranks.send(tensor, 0)
+                self._ranks.broadcast(tensor, 0)
             if not self._ranks.is_first:
                 self._append(some, 0)
         rows.forwards = forwards

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from .. import data, models
 from ..config import Config, DataConfig, ModelConfig
 from ..data import Corpus, Level, TextLoader
-from ..errors import OptionError, UserError
+from ..errors import OptionError, UserError, first_line
 from ..models.checks import whole
 from .distributed import ALONE, Ranks
 from .reader import Carried
 from .seeds import isolated
 from .step_choice import COMPILE
-from .task import ModelFactory, Task, Views, first_line, hash_of, placed, structure, trainable_parameters
+from .task import ModelFactory, Task, Views, hash_of, placed, structure, trainable_parameters
 from .text_evaluator import TextEvaluator
 
 EVALUATION_WINDOW = 2048

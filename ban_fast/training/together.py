@@ -35,8 +35,22 @@ def run_together(
     reported and repeated by itself; `out` itself holds the configuration of all. The teacher, generation 0, is trained
     once. From then on the lines go side by side: the same batches and views, one teacher for all students of
     generation 1, and each line's own from generation 2 on. Weights and figures are those of separate runs, on the CPU
-    to the bit. Arguments and errors are those of `run`; `train` can't be a DataLoader, whose order may depend on what
-    else is drawn.
+    to the bit.
+
+    Args:
+        config: of all; `config.students` names the objectives, `config.of_student` what each is trained by.
+        model: as for `run`.
+        train: as for `run`, but no DataLoader, whose order may depend on what else is drawn.
+        test: as for `run`.
+        validation: as for `run`.
+        out: the directory of all run directories. None: no files.
+        resume: go on with the runs in `out`, or return their results if they are finished.
+        observer: as for `run`.
+        should_stop: as for `run`.
+
+    Raises:
+        UserError: as `run`; no objective, or a DataLoader.
+        Interrupted, RankLost: as `run`.
     """
     config = with_own(config, model, train, [test, validation])
     config.validate()

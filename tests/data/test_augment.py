@@ -65,15 +65,6 @@ def test_count_of_views() -> None:
 
 
 @pytest.mark.parametrize("fill", ["reflect", "zero"])
-@pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize("padding", [0, 1, 4])
-def test_identity_view_is_the_image(padding: int, flip: bool, fill: Fill) -> None:
-    augmentation = Augmentation(padding=padding, flip=flip, fill=fill)
-    images = images_of(4, 8, 8, 3)
-    assert torch.equal(augmentation.apply(images, torch.full((4,), augmentation.identity_view)), images)
-
-
-@pytest.mark.parametrize("fill", ["reflect", "zero"])
 def test_views_differ(fill: Fill) -> None:
     augmentation = Augmentation(fill=fill)
     image = images_of(1, 32, 32, 3)

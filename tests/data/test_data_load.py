@@ -31,7 +31,7 @@ class TestDigits:
         assert torch.equal(d.train.sample_ids, torch.arange(1437))
         assert torch.equal(d.test.sample_ids, torch.arange(360))
         assert d.classes == tuple("0123456789")
-        assert (d.padding, d.crop, d.flip) == (1, True, False)
+        assert (d.padding, d.flip) == (1, False)
         pixels = d.train.images.double()
         # The constants are given to a tenth of a unit.
         assert abs(d.mean[0] - pixels.mean()) < 0.1

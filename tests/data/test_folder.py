@@ -38,7 +38,7 @@ def test_classes_labels_and_pixels(pets: Path) -> None:
     assert d.train.images.dtype == torch.uint8
     assert d.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert d.test.labels.tolist() == [0, 1]
-    assert (d.padding, d.crop, d.flip) == (4, True, True)
+    assert (d.padding, d.flip) == (4, True)
     for part, blue in ((d.train, (0, 1, 2, 0, 1, 2)), (d.test, (9, 9))):
         for image, label, b in zip(part.images, part.labels.tolist(), blue, strict=True):
             assert image.unique(dim=0).shape[0] == 1

@@ -182,7 +182,6 @@ def test_what_a_loader_tells() -> None:
     assert loader.exact_resume
     assert len(loader) == 300
     assert loader.sample_shape == (3, 32, 32)
-    assert loader.num_classes_hint == 10
     batch = next(loader.epoch(0))
     assert batch.images.dtype == torch.float32
     assert {t.dtype for t in batch[1:]} == {torch.int64}

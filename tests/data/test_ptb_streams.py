@@ -113,7 +113,6 @@ def test_windows_as_the_training_loop_takes_batches(training: bool) -> None:
         for a, b in zip(one, other, strict=True)
     )
     assert loader.sample_shape == (7,)
-    assert loader.num_classes_hint == 1000
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -79,7 +79,6 @@ class TestTensorLoader:
     def test_labels_of_any_integer_type(self, dtype: torch.dtype) -> None:
         loader = TensorLoader(X, Y.to(dtype), batch_size=8)
         assert next(loader.epoch(0)).labels.dtype == torch.int64
-        assert loader.num_classes_hint == 7
 
     @pytest.mark.parametrize(
         ("x", "y", "message"),
@@ -141,7 +140,6 @@ class TestWrappedDataLoader:
         loader = WrappedDataLoader(user_loader())
         assert loader.steps_per_epoch == 7
         assert not loader.exact_resume
-        assert loader.num_classes_hint is None
         images, labels, ids, views = joined(list(loader.epoch(0)))
         assert torch.equal(images, X)
         assert torch.equal(labels, Y)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ban_fast import models
 from ban_fast.models import densenet
+from benchmarks.densenet import held_after
 
 UNITS, GROWTH = [3, 2, 2], [4, 4, 6]
 
@@ -284,20 +285,8 @@ def test_same_under_inductor():
 
 
 def saved_bytes(network: nn.Module, x: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]) -> int:
-    """Bytes that autograd holds after forward: storages counted once, parameters and buffers not at all."""
-    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
-    held = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = forward(x)
-    assert logits.requires_grad  # and alive: no storage above was freed and its address used again
-    return sum(held.values())
+    """Bytes that autograd holds after forward, parameters and buffers not counted."""
+    return held_after(lambda: forward(x), (*network.parameters(), *network.buffers()))
 
 
 def of_depth(units: int, memory: str) -> nn.Module:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from ban_fast.data.folder import cores
 from ban_fast.errors import UserError
 from ban_fast.studies import worker
-from ban_fast.studies.resources import Resources, Slot, cores_here, local_slots, threads_asked
+from ban_fast.studies.resources import Resources, Slot, local_slots, threads_asked
 
 
 def slots(cores: int = 8, gpus: int = 0, threads: int | None = None, **asked: float) -> list[Slot]:
@@ -40,7 +41,7 @@ def test_threads_that_the_environment_asks_for(monkeypatch: pytest.MonkeyPatch) 
     for text, threads in (("4", 4), ("0", None), ("", None), ("4,2", None)):
         monkeypatch.setenv("OMP_NUM_THREADS", text)
         assert threads_asked() == threads
-    assert 1 <= cores_here() <= 4096
+    assert 1 <= cores() <= 4096
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_where_a_student_finds_them(study: Study, tmp_path: Path) -> None:
     assert sharing.place_for(tmp_path, study[BAN]) == sharing.outputs(tmp_path, TEACHER)
     assert sharing.place_for(tmp_path, study[CWTM]) is None, "not for that one"
     assert sharing.place_for(tmp_path, study[TEACHER]) is None
-    assert sharing.note(tmp_path, study) == "teachers that several runs share were shown 96 images, once for 1 runs"
+    assert sharing.note(tmp_path, study) == "teachers that several runs share were shown 96 images, once for 1 run"
     sharing.clear(tmp_path, TEACHER)
     assert sharing.place_for(tmp_path, study[BAN]) is None, "no more"
     assert not (tmp_path / "teacher-cache").exists()

@@ -1,4 +1,4 @@
-"""Each objective is its formula (PAPER, section 5), in value and gradient, and moves the student alone."""
+"""Each objective is its formula of the paper (eqs. 2, 5-11), in value and gradient, and moves the student alone."""
 
 import math
 from typing import Any

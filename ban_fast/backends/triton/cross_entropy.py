@@ -20,9 +20,9 @@ from ban_fast.backends.triton.rows import (
 @triton.jit
 def _tile(
     z_row, grad_row, inside, sound, y, student_col, num_classes, slope,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, 1] cross-entropy of rows that stay on the chip, whose gradient is stored."""
+    """[rows, 1] cross-entropy of rows that stay on the chip, whose gradient is stored."""
     cols = tl.arange(0, BLOCK)[None, :]
     masks = ()
     for p in tl.static_range(PARTS):
@@ -154,7 +154,6 @@ def cross_entropy_kernel(
                 classes,
                 weight * up,
                 ACC,
-                ROWS,
                 BLOCK,
                 PARTS,
                 CONTIGUOUS,

@@ -120,10 +120,8 @@ def finish_kernel(
 @triton.jit(**config.JIT)
 def settle_kernel(
     partials,  # [tiles, 2, C]
-    gamma,  # [C], as the following
-    beta,
-    mean,
-    var,
+    gamma,  # [C]
+    var,  # [C]
     terms,  # [2, C] at any pitch
     norm_grad,  # [2, C]
     num_tiles,
@@ -212,9 +210,10 @@ def settle(partials: Partials, norm: Norm, statistics: Tensor, terms: Tensor, *,
     variance of a batch take from the gradient of x in all. One launch."""
     tiles, _, channels = partials.values.shape
     norm_grad = torch.empty(2, channels, dtype=torch.float32, device=statistics.device)
+    read = by(norm, statistics)
     settle_kernel[(ceil_div(channels, _CHANNELS),)](
         partials=partials.values,
-        **by(norm, statistics),
+        **{name: read[name] for name in ("gamma", "var", "eps")},
         terms=terms,
         norm_grad=norm_grad,
         num_tiles=tiles,

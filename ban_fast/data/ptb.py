@@ -7,7 +7,7 @@ from ..errors import UserError
 from . import corpus
 from .corpus import SPLITS, Corpus, Level
 from .download import Progress, download, in_one_piece
-from .places import data_directory
+from .places import data_directory, directory_of
 from .scratch import remove_abandoned
 
 SUMS = {
@@ -40,7 +40,7 @@ def load_corpus(name: str | Path, *, directory: str | Path | None = None, level:
     root = data_directory(directory)
     if str(name) == "ptb":
         return _ptb(root, level)
-    place = _folder(name, root)
+    place = directory_of(name, root)
     if place is None:
         raise UserError(f"no directory {name}; name 'ptb', or a folder with {_listed(corpus.files(Path()))}")
     paths = corpus.files(place)
@@ -81,20 +81,10 @@ def is_text(name: str | Path, directory: str | Path | None = None) -> bool:
     """
     if str(name) == "ptb":
         return True
-    place = _folder(name, data_directory(directory))
+    place = directory_of(name, data_directory(directory))
     return (
         place is not None and not (place / "train").is_dir() and any(p.is_file() for p in corpus.files(place).values())
     )
-
-
-def _folder(name: str | Path, root: Path) -> Path | None:
-    """The directory that `name` means: a path, a name below the data directory, or that directory itself.
-
-    Of a path that is gone its last name counts: what a run recorded may have been moved.
-    """
-    path = Path(name).expanduser()
-    candidates = [path, root / path, root / path.name, *([root] if root.name == path.name else [])]
-    return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
 def _ptb(root: Path, level: Level) -> Corpus:

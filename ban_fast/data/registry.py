@@ -12,7 +12,7 @@ from ..errors import OptionError, UserError, suggest
 from . import beton, cifar, digits, download, folder, ptb, splits
 from .beton import Beton
 from .dataset import AnySplit, Dataset, Part, Source, Split, StoredSplit
-from .places import data_directory
+from .places import data_directory, directory_of
 from .scratch import remove_abandoned
 
 _FOLDER_IMAGE_SIZE = 32
@@ -136,7 +136,7 @@ def prepare(name: str, directory: str | Path | None = None, *, progress: downloa
         return ptb.prepare_ptb(directory, progress)
     if name == "digits":
         return digits.FILE
-    if _folder(name, data_directory(directory)) is not None:
+    if directory_of(name, data_directory(directory)) is not None:
         raise UserError(
             f"{name} is a folder of images, which needs no preparation but FFCV's (--format ffcv); "
             f"only {', '.join(cifar.CIFAR)} and ptb do"
@@ -209,7 +209,7 @@ def _source(name: str, directory: str | Path | None, image_size: int | None) -> 
                 "data.image_size", f"{name} has images of {own} pixels, got {image_size}; it resizes folders"
             )
         return source, stem
-    path = _folder(name, root)
+    path = directory_of(name, root)
     if path is None:
         if os.sep in name or name.startswith(("~", ".")):
             raise UserError(
@@ -240,13 +240,6 @@ def _cifar(name: str, root: Path) -> tuple[Source, Path]:
         what = f"no {published.directory} in it" if root.is_dir() else "not there"
         raise UserError(f"{name} is not in {root} ({what}); get it with `ban-fast prepare {name} --data-dir {root}`")
     return cifar.read(published, directory), directory / name
-
-
-def _folder(name: str, root: Path) -> Path | None:
-    """The directory that `name` means: a path, or a name below the data directory, or that directory itself."""
-    path = Path(name).expanduser()
-    candidates = [path, root / path, *([root] if root.name == name else [])]
-    return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
 def _hold_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor | None]:

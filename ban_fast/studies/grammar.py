@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import OBJECTIVES, Config
 from ..errors import UserError, suggest
-from ..recipes.changes import OPTIONS, change, check_read
+from ..recipes.changes import OPTIONS, change
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 def configured(base: Config, chosen: Mapping[str, Any], objectives: Sequence[str] = ()) -> Config:
     """`base` with the chosen values in it, validated. Where `objectives` are varied, settings that the chosen one has
-    not are left out; one that none of them has is an OptionError, as everything that no run could use, or reads."""
+    not are left out; one that none of them has is an OptionError, as everything that no run could use."""
     config = copy.deepcopy(base)
     if "objective.name" in chosen:
         if set(objectives) <= set(OBJECTIVES):
@@ -116,5 +116,4 @@ def configured(base: Config, chosen: Mapping[str, Any], objectives: Sequence[str
         check_key(path)
     change(config, chosen)
     config.validate()
-    check_read(chosen, [config])
     return config

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from ..config import Config
 from ..errors import UserError
+from ..recipes.changes import check_read
 from ..training.adoption import teacher_settings
 from ..training.checkpoint import write_json
 from ..training.run_store import config_differences, settings
@@ -58,7 +59,8 @@ class Study:
 
         `base` is the configuration that they are set in, or makes it from a combination (key: value). A setting that
         an objective of several has not (BAN has no label weight) is left out of its runs, as `run_together` does.
-        UserError for an unknown key or a value that no run could use, and where two runs would be the same.
+        UserError for an unknown key or a value that no run could use, for a key that none of the runs reads, and where
+        two runs would be the same.
         """
         listed: list[tuple[Mapping[str, Any], Config]] = []
         for seed in seeds:
@@ -69,6 +71,7 @@ class Study:
                     path: label(path) if path == "seed" or labels.count(label(path)) == 1 else path for path in chosen
                 }
                 listed.append(({short[path]: value for path, value in chosen.items()}, config))
+        check_read(axes, [config for _, config in listed])
         return cls.of(listed)
 
     @classmethod

@@ -248,3 +248,15 @@ def test_impossible_sizes(pets: Path) -> None:
 def test_a_folder_needs_no_preparation(pets: Path) -> None:
     with pytest.raises(UserError, match="pets is a folder of images, which needs no preparation"):
         data.prepare(str(pets))
+
+
+def test_a_folder_that_was_moved(pets: Path, tmp_path: Path) -> None:
+    """A run recorded its whole path: its last name is looked for in the directory that is named now, or is that."""
+    recorded = str(pets)
+    before = data.load(recorded)
+    (tmp_path / "elsewhere").mkdir()
+    moved = pets.rename(tmp_path / "elsewhere" / "pets")
+    with pytest.raises(UserError, match="no directory"):
+        data.load(recorded)
+    for directory in (moved.parent, moved):
+        assert torch.equal(data.load(recorded, directory=str(directory)).train.images, before.train.images)

@@ -201,7 +201,7 @@ class Ours(Trainer):
             reader=Forward,
             factory=lambda: self.network,
             channels_last=self._config.channels_last,
-            shape={},
+            shape={"classes": CLASSES},
             structure="",
             has_batch_norm=True,
             views=None,

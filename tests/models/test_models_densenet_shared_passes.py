@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ban_fast.backends import dense_eager, dense_passes
+from ban_fast.backends.interface import acc_dtype
 
 native = dense_passes._native()
 pytestmark = pytest.mark.skipif(native is None, reason="ban_fast._native is not built with a dense block's passes")
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 
 def case(rows: int, channels: int, dtype: torch.dtype, pitch: int = 0, offset: int = 0) -> Case:
     generator = torch.Generator().manual_seed(rows + channels)
-    acc = dense_passes.acc_dtype(dtype)
+    acc = acc_dtype(dtype)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -50,7 +51,7 @@ def case(rows: int, channels: int, dtype: torch.dtype, pitch: int = 0, offset: i
 
 def run(passes, given: Case, add: bool = True) -> Iterator[tuple[str, Tensor]]:
     """What every pass makes of it, by name. Arguments that a pass may overwrite are copies."""
-    x, acc = given.x, dense_passes.acc_dtype(given.x.dtype)
+    x, acc = given.x, acc_dtype(given.x.dtype)
     activation, corrected = torch.full_like(x, 7), torch.full_like(x, 7)
     passes.activate(x, given.scale, given.shift, activation)
     yield "activate", activation.clone()
@@ -75,7 +76,7 @@ def test_against_float64(rows: int, channels: int, dtype: torch.dtype, add: bool
     for pitch, offset in [(0, 0), (5, 3), (64, 16)]:
         given = case(rows, channels, dtype, pitch, offset)
         expected = dict(run(dense_eager, given.in_float64(), add))
-        acc = dense_passes.acc_dtype(dtype)
+        acc = acc_dtype(dtype)
         for name, got in run(native, given, add):
             # In the features' dtype: one rounding, of a value that acc has to a few. In acc: a few dozen, since it is
             # summed in pieces of 64 rows, and those in fp64.
@@ -143,7 +144,7 @@ def test_first_rows_that_are_far_from_the_others():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinities_are_passed_on_as_eager_does(dtype: torch.dtype):
     special = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]]).to(dtype).repeat(3, 1)
-    ones = torch.ones(7, dtype=dense_passes.acc_dtype(dtype))
+    ones = torch.ones(7, dtype=acc_dtype(dtype))
     for passes in (dense_eager, native):
         out, sums, into = torch.empty_like(special), torch.zeros(2, 7).to(ones), torch.empty(3, 7).to(ones)
         passes.activate(special, ones, 0 * ones, out)
@@ -157,7 +158,7 @@ def test_nan_and_infinities_are_passed_on_as_eager_does(dtype: torch.dtype):
 def test_nothing_beyond_the_channels_is_touched():
     for dtype in DTYPES:
         given = case(9, 21, dtype, 11)
-        acc = dense_passes.acc_dtype(dtype)
+        acc = acc_dtype(dtype)
         out, into = torch.full((9, 40), 3, dtype=dtype), torch.full((9, 40), 3, dtype=acc)
         native.activate(given.x, given.scale, given.shift, out[:, 4:25])
         native.deposit(

@@ -217,6 +217,7 @@ def test_baseline_is_everywhere_and_the_best_is_used(instruction_sets: list[str]
         assert _native.instruction_set() == instruction_sets[-1]
 
 
+@pytest.mark.slow
 def test_info_says_which_is_used_and_what_is_wrong_with_a_name(instruction_sets: list[str]) -> None:
     assert "CPU in _native   baseline" in run_with("baseline", "-m", "ban_fast", "info").stdout
     listed = ", ".join(instruction_sets)

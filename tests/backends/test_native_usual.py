@@ -176,6 +176,7 @@ def test_results_give_their_memory_back() -> None:
     assert resident_mib() - before < 100  # 420 MiB would have leaked
 
 
+@pytest.mark.slow
 def test_torch_without_the_exchange_api() -> None:
     script = """
 import torch

@@ -83,6 +83,7 @@ def test_parts_are_timed_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None
     assert spent == {"loader": 2.5, "teacher": 20.0, "student": 300.0, "loss": 2000.0}
 
 
+@pytest.mark.slow
 def test_only_a_live_teacher_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the shares tell apart, once the cache knows an epoch's views."""
     split, _ = step.images(8)

@@ -164,7 +164,7 @@ def test_a_full_device_on_stdout(start: Start) -> None:
     said.mistake("No space left on device")
 
 
-@pytest.mark.parametrize("limit", [0, 2000, pytest.param(20000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [0, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (2000, 20000))])
 def test_a_full_disk(start: Start, tmp_path: Path, limit: int) -> None:
     """A limit on file sizes stands for it: what was whole stays whole; where nothing could begin, nothing is left."""
 
@@ -210,6 +210,7 @@ def test_a_terminal_sees_a_bar_and_its_table_goes_where_stdout_goes(start: Start
     assert "images/s" not in out
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_cuts_no_figure(start: Start) -> None:
     """It wraps lines instead."""
     said = finish(start("train", *SMALL, "--out", "run"))

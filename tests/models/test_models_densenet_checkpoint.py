@@ -264,7 +264,7 @@ def compiled(network: nn.Module, backend: str, amp: bool) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("amp", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_same_under_torch_compile(amp):
     """One graph, no break; aot_eager runs what AOTAutograd's partitioner made of the checkpoints, kernel by kernel."""
     plain, checkpoint = pair()
@@ -308,6 +308,7 @@ def test_saved_activations_grow_linearly():
     assert seconds == {"plain": {16 * (2 * 2 * 8 * 8 + 2) * 4}, "checkpoint": {0}}
 
 
+@pytest.mark.slow
 def test_compiled_checkpoints_save_as_little():
     x = torch.randn(2, 3, 8, 8)
     held = {}

@@ -64,6 +64,7 @@ def test_autocast(dtype):
     assert ratio < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_whole_network_in_half_precision(dtype):
     def run(network, truth, expected, x):

@@ -90,9 +90,7 @@ def test_equal_to_plain_in_two_processes(tmp_path):
     assert not torch.equal(first["shared"]["buffers"][0], second["shared"]["buffers"][0])
 
 
-@pytest.mark.parametrize(
-    "job", ["option", *(pytest.param(job, marks=pytest.mark.slow) for job in ("converted", "empty"))]
-)
+@pytest.mark.parametrize("job", [pytest.param(job, marks=pytest.mark.slow) for job in ("option", "converted", "empty")])
 def test_statistics_of_all_ranks(job, tmp_path):
     """Two ranks of 5 and 3 images, or 8 and none, train as one process on all: by the option, or nn.SyncBatchNorm."""
     ranks = spawn(tmp_path, job)

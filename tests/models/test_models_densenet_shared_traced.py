@@ -115,6 +115,7 @@ def test_compiled_without_gradients():
         torch.testing.assert_close(compiled(images()), network(images()), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_compiled_for_any_batch():
     """A batch dimension that the graph leaves open."""
     torch._dynamo.reset()

@@ -253,6 +253,7 @@ def test_what_is_no_window_of_tokens(name: str, wrong: Tensor) -> None:
         create(name).zero_state(0)
 
 
+@pytest.mark.slow
 def test_a_small_language_is_learnt() -> None:
     """Next word = this word + 1: a recurrent model that mixed up places or streams could not."""
     torch.manual_seed(0)

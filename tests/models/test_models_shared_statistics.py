@@ -99,6 +99,7 @@ def check(jobs: list[tuple[str, str]], folder: Path) -> None:
                     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_on_all(tmp_path: Path) -> None:
     check([("layers", "uneven"), ("layers", "empty"), ("checkpoint", "uneven"), ("shared", "uneven")], tmp_path)
 

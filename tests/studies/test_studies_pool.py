@@ -33,6 +33,7 @@ def expected(study: Study, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return footprints(study, path)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_goes_on_and_all_are_what_separate_runs_are(
     study: Study, expected: dict[str, object], tmp_path: Path
 ) -> None:

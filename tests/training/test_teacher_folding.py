@@ -37,6 +37,7 @@ def test_cached_and_live_runs_are_the_same_bits(objective: str, changes: dict[st
     assert but_for_teachers(footprint(tmp_path / "live")) == but_for_teachers(footprint(tmp_path / "auto"))
 
 
+@pytest.mark.slow
 def test_caches_of_folded_and_other_teachers_never_mix(tmp_path: Path) -> None:
     """In one place each finds its own rows, and only these: the runs are those with places of their own."""
     place = {"cache_directory": str(tmp_path / "caches")}

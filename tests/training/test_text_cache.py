@@ -46,6 +46,7 @@ def test_kept_outputs_are_the_live_ones(text: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / "teacher-cache").exists()
 
 
+@pytest.mark.slow
 def test_put_down_for_several_runs(text: Path, tmp_path: Path) -> None:
     """Once, also where it is stopped between two windows; students read them, and ask nothing."""
     students = [

@@ -167,6 +167,7 @@ def test_checkpoints_of_different_moments_meet_again(expected: dict[str, Any], t
     assert footprints(THREE, path) == expected
 
 
+@pytest.mark.slow
 def test_a_student_that_is_a_generation_ahead(expected: dict[str, Any], tmp_path: Path) -> None:
     """Each is a whole run: one is resumed and finished by itself, its teacher asked anew; then the others are."""
     path = tmp_path / "run"

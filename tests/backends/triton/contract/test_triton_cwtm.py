@@ -72,7 +72,8 @@ def test_cwtm_of_far_logits(source: str, device: torch.device) -> None:
         assert_close(found("cwtm", tensors, device, **options), truth("cwtm", *tensors, **options), **bounds)
 
 
-@pytest.mark.parametrize("source", ["given", *(pytest.param(name, marks=SLOW) for name in SOURCES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_large_batch_adds_its_confidences_up_first(source: str, device: torch.device) -> None:
     rows = 2100
     assert rows > config.cross_entropy_plan(3, aligned=False, double=False).counted_below

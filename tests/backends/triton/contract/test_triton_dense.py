@@ -64,7 +64,10 @@ def test_against_float64(name: str, device: torch.device) -> None:
     assert_close(cases.answer(dense, given.to(device, torch.float32)), cases.truth(given))
 
 
-@pytest.mark.parametrize("fixed", [(0, 1, 2, 3, 4), (1, 3), (0, 2, 4), (2,), (1, 4)])
+FIXED = [(0, 1, 2, 3, 4), (1, 3), *(pytest.param(norms, marks=pytest.mark.slow) for norms in ((0, 2, 4), (2,), (1, 4)))]
+
+
+@pytest.mark.parametrize("fixed", FIXED)
 def test_norms_by_running_statistics(fixed: tuple[int, ...], device: torch.device) -> None:
     given = cases.block(Widths(growth=5, batch=1, fixed=fixed))
     assert_close(cases.answer(dense, given.to(device, torch.float32)), cases.truth(given))
@@ -274,6 +277,7 @@ def test_tiles_cover_all_that_is_split() -> None:
         assert parts * tiles <= max(tiles, 2 * processors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exit_width", [0, 10])
 def test_the_layout_is_what_compiled_graphs_are_told(exit_width: int, device: torch.device) -> None:
     """The operators' fakes give the strides that the kernels' results have."""
@@ -291,6 +295,7 @@ def test_the_layout_is_what_compiled_graphs_are_told(exit_width: int, device: to
         assert [a.stride(i) for i in wide] == [b.stride(i) for i in wide], a.shape
 
 
+@pytest.mark.slow
 def test_a_network_trains_as_plain_does(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through models and operators: two steps' logits, then weights and running statistics."""
     monkeypatch.setattr(dense_dispatch, "_serving", lambda x: dense if x.dtype == torch.float32 else dense_block)

@@ -63,6 +63,7 @@ def test_the_permutation_has_the_reference_s_bits_at_large_sizes(classes: int, d
     assert torch.equal(got.sort(1).values, torch.arange(classes).expand(2, classes))
 
 
+@pytest.mark.slow
 def test_rows_without_ids_are_numbered(device: torch.device) -> None:
     for classes, rows in ((10, 50), (200, 3)):
         got, wanted = permutations(classes, None, 4, 2, device, rows)
@@ -107,7 +108,7 @@ def test_dkpp_in_every_dtype(classes: int, dtype: torch.dtype, device: torch.dev
         assert_close(found("dkpp", typed, device, **options), truth("dkpp", *typed, **options), gradient=unit, **bounds)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", *(pytest.param(name, marks=SLOW) for name in ("sum", "none"))])
 @pytest.mark.parametrize("classes", [20, pytest.param(300, marks=SLOW)])
 def test_every_reduction_of_dkpp(classes: int, reduction: str, device: torch.device) -> None:
     tensors = keyed(7 if classes < 64 else 3, classes, 9)
@@ -129,6 +130,7 @@ def test_strided_logits_of_dkpp(classes: int, device: torch.device) -> None:
     assert_close(found("dkpp", tensors, device, **DKPP), truth("dkpp", *tensors, **DKPP))
 
 
+@pytest.mark.slow
 def test_programs_that_take_many_rows_reuse_their_scratch(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ def test_kd_is_accurate_at_every_temperature(classes: int, regime: str, device: 
         assert_close(found("kd", tensors, device, **options), truth("kd", *tensors, **options), **errors(regime))
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100, 2050, 33000])
+@pytest.mark.parametrize("classes", [2, 10, 100, 2050, pytest.param(33000, marks=pytest.mark.slow)])
 def test_a_nearly_certain_label_keeps_its_digits(classes: int, device: torch.device) -> None:
     student, teacher = logits(4, classes, "random")
     labels = torch.tensor([0, classes - 1, 1, 0])
@@ -163,6 +163,7 @@ def test_a_term_without_weight_is_reported_and_left_out(weights: tuple[float, fl
     assert torch.isinf(got.label[1])
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_counted_first(device: torch.device) -> None:
     rows, classes = 2100, 3
     assert rows > config.distill_plan(classes, aligned=False, double=False, permuted=False).counted_below
@@ -223,7 +224,7 @@ def test_the_same_bits_every_time(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
 
 
-@pytest.mark.parametrize("classes", [2, 10, 100, 2050, 11000])
+@pytest.mark.parametrize("classes", [2, 10, 100, 2050, pytest.param(11000, marks=pytest.mark.slow)])
 def test_equal_logits_are_exactly_nothing_and_no_divergence_is_negative(classes: int, device: torch.device) -> None:
     _, teacher = logits(4, classes, "random")
     options = KD | {"reduction": "none", "temperature": 3.0}

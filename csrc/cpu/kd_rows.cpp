@@ -91,22 +91,25 @@ static double log_exp_sum(const KDRow<T> row, double s) {
   return log1p(others.value());
 }
 
-// KL by the difference form, and the gradient, unless To is NoGradient. A gradient that is streamed to where no vector
-// begins is laid aside first, in the row's exp: sums keep the order of the row.
-template <bool kLabel, class T, class To>
-static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near, double kd_scale, To* gradient) {
-  const double inverse = 1.0 / s;
-  const Vec<T> log_mass(near.log_mass), exp_neg(near.exp_neg), expm1_neg(near.expm1_neg);
-  const Vec<T> scale(T(kd_scale * inverse)), label(static_cast<T>(row.label_scale));
+// What a vector of classes adds to the divergence, and to the gradient before its scale.
+template <class T>
+struct Share {
+  Vec<T> divergence, gradient;
+};
+
+// The sum over the row of what share(i, tail) adds to the divergence, and the gradient, unless To is NoGradient. One
+// that is streamed to where no vector begins is laid aside first, in the row's exp: sums keep the order of the row.
+template <bool kLabel, class T, class To, class ShareOf>
+BAN_FAST_HD double gather(const KDRow<T> row, double scale, To* gradient, ShareOf share) {
+  const Vec<T> kd(static_cast<T>(scale)), label(static_cast<T>(row.label_scale));
   bool aside = false;
   if constexpr (!std::is_same_v<To, NoGradient>) aside = row.streamed && unaligned_head<T>(gradient) != 0;
   LaneSum<T> divergence;
   const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-    const Apart<Vec<T>> apart = near_apart(load(row.exp + i), load(row.excess + i), load(row.difference + i), log_mass,
-                                           exp_neg, expm1_neg);
-    divergence.add(divergence_term(apart));
+    const Share<T> own = share(i, tail);
+    divergence.add(own.divergence);
     if constexpr (!std::is_same_v<To, NoGradient>) {
-      Vec<T> g = apart.minus_p * scale;
+      Vec<T> g = own.gradient * kd;
       if constexpr (kLabel) g = madd(load(row.label + i), label, g);
       if (aside) {
         store(row.exp + i, g);
@@ -120,46 +123,50 @@ static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near,
     const auto laid = [&](std::int64_t i) BAN_FAST_LAMBDA { return load(row.exp + i); };
     if (aside) write_row<T>(gradient, row.classes, true, laid);
   }
-  return divergence.value() * inverse;
+  return divergence.value();
 }
 
-// KL by log-sum-exp: where student and teacher are far apart, or one of them alone is -inf. Leaves q - p in the row's
-// exp.
-template <class T>
-static double far_difference(const KDRow<T> row, const Temperature<T> temperature) {
+// KL by the difference form, and the gradient.
+template <bool kLabel, class T, class To>
+static double near_gradient(const KDRow<T> row, double s, const NearRow<T> near, double kd_scale, To* gradient) {
+  const double inverse = 1.0 / s;
+  const Vec<T> log_mass(near.log_mass), exp_neg(near.exp_neg), expm1_neg(near.expm1_neg);
+  const auto share = [&](std::int64_t i, auto) BAN_FAST_LAMBDA -> Share<T> {
+    const Apart<Vec<T>> apart = near_apart(load(row.exp + i), load(row.excess + i), load(row.difference + i), log_mass,
+                                           exp_neg, expm1_neg);
+    return {divergence_term(apart), apart.minus_p};
+  };
+  return inverse * gather<kLabel>(row, kd_scale * inverse, gradient, share);
+}
+
+// KL by log-sum-exp, and the gradient: where student and teacher are far apart, or one of them alone is -inf. The
+// teacher's exponentials, whose sum is s, are in the row's exp; the student's go where the excess was.
+template <bool kLabel, class T, class To>
+static double far_gradient(const KDRow<T> row, double s, const Temperature<T> temperature, double kd_scale,
+                           To* gradient) {
   const Vec<T> lowest(-kInfinity<T>);
   const Vec<T> z_max(row_maximum(row.z, row.classes)), t_max(row.t[row.reference]);
-  LaneSum<T> q_sum, p_sum;
+  LaneSum<T> q_sum;
   const auto sum_body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
-    const std::int64_t left = row.classes - i;
-    const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>);
-    const Vec<T> t = load_some<tail>(row.t + i, left, -kInfinity<T>);
-    const Vec<T> q = exp_quotient(z - z_max, temperature), p = exp_quotient(t - t_max, temperature);
+    const Vec<T> z = load_some<tail>(row.z + i, row.classes - i, -kInfinity<T>);
+    const Vec<T> q = exp_quotient(z - z_max, temperature);
     q_sum.add(q);
-    p_sum.add(p);
     store(row.excess + i, q);
-    store(row.exp + i, p);
   };
-  for_vectors<T>(0, row.classes, sum_body, [&]() BAN_FAST_LAMBDA {
-    q_sum.end_block();
-    p_sum.end_block();
-  });
+  for_vectors<T>(0, row.classes, sum_body, [&]() BAN_FAST_LAMBDA { q_sum.end_block(); });
 
-  const double s_q = q_sum.value(), s_p = p_sum.value();
-  const Vec<T> q_scale(T(1 / s_q)), p_scale(T(1 / s_p)), log_ratio(T(log_of_sum(s_p) - log_of_sum(s_q)));
-  LaneSum<T> divergence;
-  const auto body = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA {
+  const double s_q = q_sum.value();
+  const Vec<T> q_scale(T(1 / s_q)), p_scale(T(1 / s)), log_ratio(T(log_of_sum(s) - log_of_sum(s_q)));
+  const auto share = [&](std::int64_t i, auto tail) BAN_FAST_LAMBDA -> Share<T> {
     const std::int64_t left = row.classes - i;
     const Vec<T> z = load_some<tail>(row.z + i, left, -kInfinity<T>);
     const Vec<T> t = load_some<tail>(row.t + i, left, -kInfinity<T>);
     const Vec<T> q = load(row.excess + i) * q_scale, p = load(row.exp + i) * p_scale;
     const Vec<T> log_exps = divide((z - z_max) - (t - t_max), temperature);
     const Apart<Vec<T>> apart{p, q - p, select(z == lowest, lowest, log_exps + log_ratio)};
-    divergence.add(far_term(q, apart));
-    store(row.exp + i, apart.minus_p);
+    return {far_term(q, apart), apart.minus_p};
   };
-  for_vectors<T>(0, row.classes, body, [&]() BAN_FAST_LAMBDA { divergence.end_block(); });
-  return divergence.value();
+  return gather<kLabel>(row, kd_scale, gradient, share);
 }
 
 // Takes rows through the stages of the loss, up to kMostRowsAtOnce together.
@@ -251,27 +258,29 @@ class KDRows {
 
   template <class To>
   double distil(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
-    const bool near = is_near(sums.largest_d, sums.s, sums.a);
-    NoGradient* const none = nullptr;
     if constexpr (std::is_same_v<To, NoGradient>) {
-      return near ? near_gradient<false>(row, sums.s, scalars, 0.0, none) : far_difference(row, temperature_);
+      return distil_as<false>(row, sums, scalars, gradient);
     } else {
       const bool with_label = job_.label_values != nullptr && job_.label_scale != 0;
-      const bool with_kd = job_.kd_scale != 0;  // a term without weight is left out: 0 times its NaN would be NaN
-      if (near && with_kd) {
-        return with_label ? near_gradient<true>(row, sums.s, scalars, job_.kd_scale, gradient)
-                          : near_gradient<false>(row, sums.s, scalars, job_.kd_scale, gradient);
+      // A term without weight is left out: 0 times its NaN would be NaN.
+      if (job_.kd_scale != 0) {
+        return with_label ? distil_as<true>(row, sums, scalars, gradient)
+                          : distil_as<false>(row, sums, scalars, gradient);
       }
-      const double divergence =
-          near ? near_gradient<false>(row, sums.s, scalars, 0.0, none) : far_difference(row, temperature_);
-      const Vec<T> kd_scale(static_cast<T>(job_.kd_scale)), label_scale(static_cast<T>(row.label_scale));
+      const Vec<T> label_scale(static_cast<T>(row.label_scale));
+      const double divergence = distil_as<false>(row, sums, scalars, static_cast<NoGradient*>(nullptr));
       write_row<T>(gradient, row.classes, row.streamed, [&](std::int64_t i) BAN_FAST_LAMBDA {
-        Vec<T> g = with_kd ? load(row.exp + i) * kd_scale : Vec<T>(T(0));
-        if (with_label) g = madd(load(row.label + i), label_scale, g);
-        return g;
+        return with_label ? load(row.label + i) * label_scale : Vec<T>(T(0));
       });
       return divergence;
     }
+  }
+
+  template <bool kLabel, class To>
+  double distil_as(const KDRow<T>& row, const KDSums& sums, const NearRow<T>& scalars, To* gradient) const {
+    return is_near(sums.largest_d, sums.s, sums.a)
+               ? near_gradient<kLabel>(row, sums.s, scalars, job_.kd_scale, gradient)
+               : far_gradient<kLabel>(row, sums.s, temperature_, job_.kd_scale, gradient);
   }
 
   const KDJob& job_;

@@ -1,13 +1,12 @@
 """Everything a run is made of, as keyword-only dataclasses. `Config.to_dict` is a run's config.json."""
 
 import dataclasses
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .errors import OptionError, UserError, suggest
+from .option_checks import at_least, choice, finite, of_type
 
 OBJECTIVES = ("label", "ban", "ban+l", "cwtm", "dkpp")
 STUDENT_FOLDERS = {name: name.replace("+", "_") for name in OBJECTIVES}
@@ -32,19 +31,6 @@ LEVELS = ("word", "character")
 OVER_TIME = ("sum", "mean")
 _COLDEST, _HOTTEST = 1e-18, 1e18
 """Temperatures that the losses take."""
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    dict[str, Any]: "an object",
-    tuple[str, ...]: "a list of strings",
-    tuple[float, ...]: "a list of numbers",
-    type(None): "null",
-}
-"""Types of fields in the words of JSON."""
-
-
 @dataclass(kw_only=True)
 class DataConfig:
     """Which images, and what is done to them; or which text."""
@@ -70,6 +56,16 @@ class DataConfig:
     """Where batches come from: "memory", "torch" (a DataLoader reads the files, for datasets larger than memory) or
     "ffcv" (the files that `ban-fast prepare --format ffcv` writes). The same batches, bit for bit, from all three."""
 
+    def check(self) -> None:
+        """Raise OptionError for the first value that no run could use."""
+        _check_augmentation(self.augmentation)
+        choice("data.padding", self.padding, PADDINGS)
+        choice("data.loader", self.loader, LOADERS)
+        for name in ("image_size", "limit_train", "limit_test"):
+            at_least(f"data.{name}", getattr(self, name), 1)
+        if not 0 <= self.val_fraction < 1:
+            raise OptionError("data.val_fraction", f"must be in [0, 1), got {self.val_fraction}")
+
 
 @dataclass(kw_only=True)
 class TextConfig:
@@ -82,6 +78,12 @@ class TextConfig:
     over_time: str = "sum"
     """How the losses of a window's places become its own: their "sum", averaged over streams (as the paper's learning
     rates and gradient norms count), or their "mean", which is smaller by the window's length."""
+
+    def check(self) -> None:
+        """Raise OptionError for the first value that no run could use."""
+        choice("text.level", self.level, LEVELS)
+        choice("text.over_time", self.over_time, OVER_TIME)
+        at_least("text.window", self.window, 1)
 
 
 @dataclass(kw_only=True)
@@ -113,6 +115,27 @@ class ObjectiveConfig:
         label = (1.0 if self.name == "ban+l" else 0.0) if self.label_weight is None else self.label_weight
         return kd, label
 
+    def check(self) -> None:
+        """Raise OptionError for the first value that no run could use."""
+        choice("objective.name", self.name, OBJECTIVES)
+        for name in ("temperature", "kd_weight", "label_weight"):
+            finite(f"objective.{name}", getattr(self, name), positive=name == "temperature")
+        if not _COLDEST <= self.temperature <= _HOTTEST:
+            raise OptionError("objective.temperature", f"must be from {_COLDEST} to {_HOTTEST}, got {self.temperature}")
+
+    def check_terms(self) -> None:
+        """Raise OptionError for a setting of a term that this objective does not have."""
+        if self.name in ("label", "cwtm") and self.temperature != 1:
+            raise OptionError("objective.temperature", f"objective {self.name!r} has no temperature; leave it at 1")
+        if self.name in ("label", "cwtm") and self.kd_weight is not None:
+            raise OptionError("objective.kd_weight", f"objective {self.name!r} has no KD term")
+        if self.name in ("label", "ban", "cwtm") and self.label_weight is not None:
+            raise OptionError(
+                "objective.label_weight", f"objective {self.name!r} has no label term to weigh; use 'ban+l'"
+            )
+        if self.weights() == (0, 0):
+            raise OptionError("objective.kd_weight", "is 0, and so is the labels' weight: nothing is left to learn")
+
 
 @dataclass(kw_only=True)
 class TeacherConfig:
@@ -133,6 +156,16 @@ class TeacherConfig:
     fold: str = "auto"
     """Whether its batch norms are folded, which is exact but for rounding: "on", "off", or "auto": on a GPU, where that
     saves a pass over memory for each, and the network's operations can be followed."""
+
+    def check(self) -> None:
+        """Raise OptionError for the first value that no run could use."""
+        choice("teacher.mode", self.mode, TEACHERS)
+        choice("teacher.cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        choice("teacher.cache_fill", self.cache_fill, CACHE_FILLS)
+        choice("teacher.fold", self.fold, FOLDS)
+        for name in ("cache_directory", "cache_dtype", "cache_fill"):
+            if self.mode == "live" and getattr(self, name) != getattr(TeacherConfig, name):
+                raise OptionError(f"teacher.{name}", "a live teacher has no cache; leave it out")
 
 
 @dataclass(kw_only=True)
@@ -162,6 +195,23 @@ class OptimizerConfig:
     second forgives one that makes up for a part of it: 110 then 105, after 100."""
     clip_norm: float | None = None
     """Largest norm of the gradient of all parameters together; one above it is scaled down to it. None: any."""
+
+    def check(self) -> None:
+        """Raise OptionError for the first value that no run could use."""
+        choice("optimizer.schedule", self.schedule, SCHEDULES)
+        choice("optimizer.plateau_against", self.plateau_against, PLATEAUS)
+        for name in ("lr", "lr_decay", "clip_norm"):
+            finite(f"optimizer.{name}", getattr(self, name), positive=True)
+        for name in ("momentum", "weight_decay", "plateau_threshold"):
+            finite(f"optimizer.{name}", getattr(self, name), positive=False)
+        if self.nesterov and self.momentum == 0:
+            raise OptionError("optimizer.nesterov", "needs a momentum above 0")
+        for name in ("plateau_threshold", "plateau_against"):
+            if self.schedule != "plateau" and getattr(self, name) != getattr(OptimizerConfig, name):
+                raise OptionError(f"optimizer.{name}", "is for schedule plateau; leave it out")
+        stones = self.milestones
+        if not all(isinstance(m, (int, float)) and 0 < m < 1 for m in stones) or list(stones) != sorted(stones):
+            raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")
 
 
 @dataclass(kw_only=True)
@@ -239,107 +289,56 @@ class Config:
 
     def validate(self) -> None:
         """Raise OptionError for the first value that no run could use."""
-        for section, prefix in (
-            (self, ""),
-            (self.data, "data."),
-            (self.text, "text."),
-            (self.model, "model."),
-            (self.objective, "objective."),
-            (self.teacher, "teacher."),
-            (self.optimizer, "optimizer."),
-        ):
+        sections = {
+            "data.": self.data,
+            "text.": self.text,
+            "model.": self.model,
+            "objective.": self.objective,
+            "teacher.": self.teacher,
+            "optimizer.": self.optimizer,
+        }
+        for prefix, section in {"": self, **sections}.items():
             for f in dataclasses.fields(section):
                 if not dataclasses.is_dataclass(getattr(section, f.name)):
-                    _check_type(prefix + f.name, getattr(section, f.name), _hints(type(section))[f.name])
-        _check_augmentation(self.data.augmentation)
-        _choice("data.padding", self.data.padding, PADDINGS)
-        _choice("data.loader", self.data.loader, LOADERS)
-        _choice("text.level", self.text.level, LEVELS)
-        _choice("text.over_time", self.text.over_time, OVER_TIME)
-        _choice("objective.name", self.objective.name, OBJECTIVES)
-        _choice("teacher.mode", self.teacher.mode, TEACHERS)
-        _choice("teacher.cache_dtype", self.teacher.cache_dtype, CACHE_DTYPES)
-        _choice("teacher.cache_fill", self.teacher.cache_fill, CACHE_FILLS)
-        _choice("teacher.fold", self.teacher.fold, FOLDS)
-        _choice("optimizer.schedule", self.optimizer.schedule, SCHEDULES)
-        _choice("optimizer.plateau_against", self.optimizer.plateau_against, PLATEAUS)
-        _choice("device", self.device, DEVICES)
-        _choice("amp", self.amp, AMP_MODES)
-        _choice("step", self.step, STEPS)
+                    of_type(prefix + f.name, getattr(section, f.name), _hints(type(section))[f.name])
+        for part in (self.data, self.text, self.objective, self.teacher, self.optimizer):
+            part.check()
+        self._check_run()
+        if self.students:
+            self._check_students()
+        else:
+            self.objective.check_terms()
+
+    def _check_run(self) -> None:
+        choice("device", self.device, DEVICES)
+        choice("amp", self.amp, AMP_MODES)
+        choice("step", self.step, STEPS)
         if self.compile and self.step not in ("auto", "compile"):
             raise OptionError("compile", f"is step compile, and step is {self.step}; leave one of them out")
-        for name, value, least in (
-            ("data.image_size", self.data.image_size, 1),
-            ("data.limit_train", self.data.limit_train, 1),
-            ("data.limit_test", self.data.limit_test, 1),
-            ("text.window", self.text.window, 1),
-            ("generations", self.generations, 0),
-            ("epochs", self.epochs, 1),
-            ("batch_size", self.batch_size, 1),
-            ("micro_batch_size", self.micro_batch_size, 1),
-            ("max_steps", self.max_steps, 1),
-            ("seed", self.seed, 0),
-            ("evaluate_every", self.evaluate_every, 1),
-        ):
-            if value is not None and value < least:
-                raise OptionError(name, f"must be at least {least}, got {value}")
+        for name in ("epochs", "batch_size", "micro_batch_size", "max_steps", "evaluate_every"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("generations", "seed"):
+            at_least(name, getattr(self, name), 0)
+        if self.seed >= 2**63:
+            raise OptionError("seed", f"must be below 2**63, got {self.seed}")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise OptionError(
                 "micro_batch_size", f"must be at most the batch size, {self.batch_size}, got {self.micro_batch_size}"
             )
-        if self.seed >= 2**63:
-            raise OptionError("seed", f"must be below 2**63, got {self.seed}")
-        if not 0 <= self.data.val_fraction < 1:
-            raise OptionError("data.val_fraction", f"must be in [0, 1), got {self.data.val_fraction}")
-        for name, number, positive in (
-            ("objective.temperature", self.objective.temperature, True),
-            ("objective.kd_weight", self.objective.kd_weight, False),
-            ("objective.label_weight", self.objective.label_weight, False),
-            ("optimizer.lr", self.optimizer.lr, True),
-            ("optimizer.momentum", self.optimizer.momentum, False),
-            ("optimizer.weight_decay", self.optimizer.weight_decay, False),
-            ("optimizer.lr_decay", self.optimizer.lr_decay, True),
-            ("optimizer.plateau_threshold", self.optimizer.plateau_threshold, False),
-            ("optimizer.clip_norm", self.optimizer.clip_norm, True),
-            ("checkpoint_seconds", self.checkpoint_seconds, False),
-        ):
-            if number is not None and not (_is_finite(number) and (number > 0 or (number == 0 and not positive))):
-                raise OptionError(
-                    name, f"must be a finite number {'above 0' if positive else 'of at least 0'}, got {number}"
-                )
-        if not _COLDEST <= self.objective.temperature <= _HOTTEST:
-            raise OptionError(
-                "objective.temperature", f"must be from {_COLDEST} to {_HOTTEST}, got {self.objective.temperature}"
-            )
-        if self.optimizer.nesterov and self.optimizer.momentum == 0:
-            raise OptionError("optimizer.nesterov", "needs a momentum above 0")
+        finite("checkpoint_seconds", self.checkpoint_seconds, positive=False)
         if self.optimizer.schedule == "plateau" and self.evaluate_every != 1:
             raise OptionError("evaluate_every", f"must be 1 for schedule plateau, got {self.evaluate_every}")
-        for name in ("plateau_threshold", "plateau_against"):
-            is_given = getattr(self.optimizer, name) != getattr(OptimizerConfig, name)
-            if is_given and self.optimizer.schedule != "plateau":
-                raise OptionError(f"optimizer.{name}", "is for schedule plateau; leave it out")
-        stones = self.optimizer.milestones
-        if not all(isinstance(m, (int, float)) and 0 < m < 1 for m in stones) or list(stones) != sorted(stones):
-            raise OptionError("optimizer.milestones", f"must be rising shares between 0 and 1, got {list(stones)}")
-        if self.teacher.mode == "live" and self.teacher.cache_directory is not None:
-            raise OptionError("teacher.cache_directory", "a live teacher has no cache; leave it out")
-        if self.teacher.mode == "live" and self.teacher.cache_dtype != "fp32":
-            raise OptionError("teacher.cache_dtype", "a live teacher has no cache; leave it out")
-        if self.teacher.mode == "live" and self.teacher.cache_fill != "lazy":
-            raise OptionError("teacher.cache_fill", "a live teacher has no cache; leave it out")
-        if not self.students:
-            _check_objective(self.objective)
-            return
+
+    def _check_students(self) -> None:
         for name in self.students:
             if not isinstance(name, str):
                 raise OptionError("students", f"must be names of objectives, got {name!r}")
-            _choice("students", name, OBJECTIVES)
+            choice("students", name, OBJECTIVES)
         if len(set(self.students)) < len(self.students):
             raise OptionError("students", f"must be different objectives, got {','.join(self.students)}")
         learned = [self.of_student(name).objective for name in self.students]
         for objective in learned:
-            _check_objective(objective)
+            objective.check_terms()
         for f in dataclasses.fields(ObjectiveConfig):
             is_given = f.name != "name" and getattr(self.objective, f.name) != f.default
             if is_given and all(getattr(objective, f.name) == f.default for objective in learned):
@@ -374,19 +373,7 @@ def _check_augmentation(name: str) -> None:
             "teacher's kept outputs are exact. Bring yours as a DataLoader from Python, run(config, train=loader), "
             "with --teacher live",
         )
-    _choice("data.augmentation", name, AUGMENTATIONS)
-
-
-def _check_objective(objective: ObjectiveConfig) -> None:
-    name = objective.name
-    if name in ("label", "cwtm") and objective.temperature != 1:
-        raise OptionError("objective.temperature", f"objective {name!r} has no temperature; leave it at 1")
-    if name in ("label", "cwtm") and objective.kd_weight is not None:
-        raise OptionError("objective.kd_weight", f"objective {name!r} has no KD term")
-    if name in ("label", "ban", "cwtm") and objective.label_weight is not None:
-        raise OptionError("objective.label_weight", f"objective {name!r} has no label term to weigh; use 'ban+l'")
-    if objective.weights() == (0, 0):
-        raise OptionError("objective.kd_weight", "is 0, and so is the labels' weight: nothing is left to learn")
+    choice("data.augmentation", name, AUGMENTATIONS)
 
 
 def _plain(value: Any) -> Any:
@@ -416,30 +403,3 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
             value = tuple(value)
         made[key] = value
     return cls(**made)
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    accepted: tuple[Any, ...] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in accepted:
-        origin = typing.get_origin(kind) or kind
-        if origin is float and isinstance(value, int) and not isinstance(value, bool):
-            return
-        if origin is int and isinstance(value, bool):
-            continue
-        if isinstance(value, origin):
-            return
-    wanted = " or ".join(_KINDS[kind] for kind in accepted)
-    raise OptionError(name, f"must be {wanted}, got {value!r}")
-
-
-def _is_finite(number: float) -> bool:
-    """Whether it is one as floating-point numbers have them: JSON's whole numbers have no end."""
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(name, f"unknown value {value!r}{suggest(value, choices)}")

@@ -98,6 +98,25 @@ def dense_deposit(
 def dense_correct(
     size: PixelsSize, grad: Pixels, x: Pixels, mean: int, p: int, q: int, out: Pixels, threads: int
 ) -> None: ...
+def dense_pointwise(
+    size: PixelsSize, x: Pixels, scale: int, shift: int, weight: int, outputs: int, out: Pixels, threads: int
+) -> None: ...
+def dense_pointwise_backward(
+    size: PixelsSize,
+    grad: Pixels,
+    x: Pixels,
+    scale: int,
+    shift: int,
+    mean: int,
+    weight: int,
+    outputs: int,
+    into: Pixels,
+    dz_sum: int,
+    distance_sum: int,
+    weight_grad: int,
+    add: bool,
+    threads: int,
+) -> None: ...
 def show_views(stored: Stored, rows: int, views: int, words: int, shown: Shown, threads: int) -> None: ...
 
 class PooledMemory:

@@ -201,6 +201,39 @@ void dense_correct(const SizeArgs& of, const PixelsArgs& grad, const PixelsArgs&
   without_gil(size.rows * size.channels, [&] { ban_fast::dense::correct(job, threads); });
 }
 
+void dense_pointwise(const SizeArgs& of, const PixelsArgs& x, Address scale, Address shift, Address weight,
+                     std::int64_t outputs, const PixelsArgs& out, int threads) {
+  const ban_fast::dense::Size size = dense_size(of);
+  const ban_fast::dense::Pointwise job{size,
+                                       pixels<const void>(x),
+                                       at<const void>(scale),
+                                       at<const void>(shift),
+                                       at<const void>(weight),
+                                       outputs,
+                                       pixels<void>(out)};
+  without_gil(size.rows * size.channels, [&] { ban_fast::dense::pointwise(job, threads); });
+}
+
+void dense_pointwise_backward(const SizeArgs& of, const PixelsArgs& grad, const PixelsArgs& x, Address scale,
+                              Address shift, Address mean, Address weight, std::int64_t outputs, const PixelsArgs& into,
+                              Address dz_sum, Address distance_sum, Address weight_grad, bool add, int threads) {
+  const ban_fast::dense::Size size = dense_size(of);
+  const ban_fast::dense::PointwiseBackward job{size,
+                                               pixels<const void>(grad),
+                                               pixels<const void>(x),
+                                               at<const void>(scale),
+                                               at<const void>(shift),
+                                               at<const void>(mean),
+                                               at<const void>(weight),
+                                               outputs,
+                                               pixels<void>(into),
+                                               at<void>(dz_sum),
+                                               at<void>(distance_sum),
+                                               at<void>(weight_grad),
+                                               add};
+  without_gil(size.rows * size.channels, [&] { ban_fast::dense::pointwise_backward(job, threads); });
+}
+
 // The block's bytes, for torch.frombuffer: its tensor keeps the object, and so the block, as long as any storage does.
 py::buffer_info bytes_of(ban_fast::PooledMemory& block) {
   return py::buffer_info(static_cast<std::uint8_t*>(block.data()), py::ssize_t(block.size()));
@@ -299,6 +332,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("dense_moments", &dense_moments);
   m.def("dense_deposit", &dense_deposit);
   m.def("dense_correct", &dense_correct);
+  m.def("dense_pointwise", &dense_pointwise);
+  m.def("dense_pointwise_backward", &dense_pointwise_backward);
   py::class_<ban_fast::PooledMemory>(m, "PooledMemory", py::buffer_protocol(), py::module_local(),
                                      "Memory of the pool for gradients, with the buffer protocol; its size in bytes.")
       .def(py::init<std::size_t>())

@@ -57,10 +57,34 @@ struct Correct {
   Written out;
 };
 
+// out = relu(x * scale + shift) weight^T, [rows, outputs]: batch norm, ReLU and a 1x1 convolution, of f32 or f64.
+// weight is [outputs, channels], contiguous.
+struct Pointwise {
+  Size size;
+  Read x;
+  const void *scale, *shift, *weight;
+  std::int64_t outputs;
+  Written out;
+};
+
+// Back from grad = d loss / d out: what Deposit does with grad weight for its `grad`; and weight_grad, laid out as
+// weight, += grad^T relu(x * scale + shift), unless it is null.
+struct PointwiseBackward {
+  Size size;
+  Read grad, x;
+  const void *scale, *shift, *mean, *weight;
+  std::int64_t outputs;
+  Written into;
+  void *dz_sum, *distance_sum, *weight_grad;
+  bool add;
+};
+
 // On up to `threads` threads, with the same bits on any number of them. No output may overlap an input.
 void activate(const Activate& job, int threads);
 void moments(const Moments& job, int threads);
 void deposit(const Deposit& job, int threads);
 void correct(const Correct& job, int threads);
+void pointwise(const Pointwise& job, int threads);
+void pointwise_backward(const PointwiseBackward& job, int threads);
 
 }  // namespace ban_fast::dense

@@ -78,19 +78,36 @@ def _convolve(
 
     And, if `measured`, moments of what it made in every chunk, [chunks, 2, out], and of how many pixels they are.
     """
-    chunks, out = shape.chunks(source.shape[-1]), weight.shape[0]
+    out, product = weight.shape[0], _is_product(source, weight)
+    chunks = shape.at_once() if product else shape.chunks(source.shape[-1])
     parts = shape.parts(chunks, out)
     for images, part in zip(chunks, parts, strict=True):
-        y = convolve(_activation(shape, source[images], affine), weight)
+        if product:
+            into = shape.maps(out) if into is None else into
+            y = into[images]
+            passes.pointwise(rows(source[images]), affine.scale, affine.shift, _flat(weight), rows(y))
+        else:
+            y = convolve(_activation(shape, source[images], affine), weight)
+            if into is None and len(chunks) == 1:
+                into = y
+            else:
+                into = shape.maps(out) if into is None else into
+                into[images] = y
         if measured:
             passes.moments(rows(y), part)
-        if into is None and len(chunks) == 1:
-            into = y
-        else:
-            into = shape.maps(out) if into is None else into
-            into[images] = y
     into = shape.maps(out) if into is None else into  # of no image
     return into, (parts, shape.rows(chunks)) if measured else None
+
+
+def _is_product(source: Tensor, weight: Tensor) -> bool:
+    """Whether batch norm, ReLU and this convolution are one pass."""
+    is_flat = weight.shape[-1] == 1 and weight.stride()[:2] == (weight.shape[1], 1)
+    return is_flat and passes.multiplies(source, weight.numel())
+
+
+def _flat(weight: Tensor) -> Tensor:  # [out, C, 1, 1] -> [out, C]
+    """A view."""
+    return weight.view(weight.shape[:2])
 
 
 def _activation(shape: Shape, x: Tensor, affine: Affine) -> Tensor:  # [b, H, W, C]
@@ -127,7 +144,8 @@ def backward(
 
 
 Upstream = Callable[[slice], Tensor]
-"""From some images to the gradient of what was made of them, [b, H, W, C] in the features' dtype, contiguous."""
+"""From some images to the gradient of what was made of them, [b, H, W, C] in the features' dtype, contiguous: until the
+next call."""
 
 
 class _Backward:
@@ -138,6 +156,10 @@ class _Backward:
         entry = norms[0].weight.shape[0]
         self.shape = Shape.of(images_first(saved.features[..., :entry]), convs, norms)
         self.grad = self.shape.features(saved.statistics.dtype)
+        # Of one unit at a time: memory that is asked for anew is paid for page by page.
+        self.hidden_grad = self.shape.maps(self.shape.bottleneck, self.grad.dtype)
+        widest = max(self.shape.bottleneck, self.shape.growth, self.shape.entry)
+        self.room = self.shape.new(self.shape.batch * self.shape.height * self.shape.width * widest)
         self.terms = self.shape.vectors(2, self.shape.channels)
         self.conv_grads: list[Tensor | None] = [None] * len(convs)
         self.norm_grads: list[Tensor | None] = [None] * len(norms)
@@ -158,7 +180,7 @@ class _Backward:
         """Through a unit's two convolutions, from the channels that it grew to those that it read."""
         shape, saved, width = self.shape, self.saved, self.shape.read_by(unit)
         hidden, statistics = self.hidden(unit), saved.hidden_statistics[unit]
-        grad, terms = shape.maps(shape.bottleneck, self.grad.dtype), torch.zeros_like(statistics)
+        grad, terms = self.hidden_grad, torch.zeros_like(statistics)
         self.consume(2 * unit + 1, self.made(shape.grown_by(unit)), hidden, statistics, grad, terms, add=False)
         upstream = self.corrected(grad, hidden, statistics, terms)
         features, statistics = saved.features[..., :width], saved.statistics[:, :width]
@@ -192,7 +214,7 @@ class _Backward:
         p, q = sum_over_ranks(terms, self.group) / self.saved.total
 
         def upstream(images: slice) -> Tensor:
-            out = self.shape.new(*x[images].shape)
+            out = self.room[: x[images].numel()].view(x[images].shape)
             passes.correct(rows(grad[images]), rows(x[images]), statistics[0], p, q, rows(out))
             return out
 
@@ -210,17 +232,26 @@ class _Backward:
         add: bool,
     ) -> None:
         """Through the convolution number `index`, if there is one, ReLU, and the norm of that number, to `source`."""
-        norm, wanted = self.norms[index], index < len(self.convs) and self.need.convs[index]
+        norm, weight = self.norms[index], self.convs[index] if index < len(self.convs) else None
         affine, sums = Affine.of(norm, statistics), torch.zeros_like(terms)
-        weight_grad = torch.zeros_like(self.convs[index], dtype=terms.dtype) if wanted else None
-        for images in self.shape.chunks(source.shape[-1]):
-            a, grad = _activation(self.shape, source[images], affine), upstream(images)
-            if index < len(self.convs):
-                grad, part = convolve_backward(grad, a, self.convs[index], wanted)
-                if weight_grad is not None and part is not None:
-                    weight_grad += part
-            x, to = rows(source[images]), rows(into[images])
-            passes.deposit(rows(grad), rows(a), x, affine.scale, affine.mean, to, sums, add=add)
+        weight_grad = None
+        if weight is not None and self.need.convs[index]:
+            weight_grad = torch.zeros_like(weight, dtype=terms.dtype)
+        if weight is not None and _is_product(source, weight):
+            flat, part = _flat(weight), None if weight_grad is None else _flat(weight_grad)
+            for images in self.shape.at_once():
+                grad, x, to = rows(upstream(images)), rows(source[images]), rows(into[images])
+                vectors = affine.scale, affine.shift, affine.mean, flat
+                passes.pointwise_backward(grad, x, *vectors, to, sums, part, add=add)
+        else:
+            for images in self.shape.chunks(source.shape[-1]):
+                a, grad = _activation(self.shape, source[images], affine), upstream(images)
+                if weight is not None:
+                    grad, part = convolve_backward(grad, a, weight, weight_grad is not None)
+                    if weight_grad is not None and part is not None:
+                        weight_grad += part
+                x, to = rows(source[images]), rows(into[images])
+                passes.deposit(rows(grad), rows(a), x, affine.scale, affine.mean, to, sums, add=add)
         if weight_grad is not None:
             self.conv_grads[index] = weight_grad.to(self.convs[index].dtype)
         if self.need.norms[index]:

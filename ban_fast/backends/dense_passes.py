@@ -1,9 +1,10 @@
-"""The four passes over memory that a dense block is made of, beside its convolutions.
+"""The passes over memory that a dense block is made of, beside its convolutions, and two that have one within.
 
 Rows are pixels: x is [R, C] with any pitch, so the first channels of a wider channels-last buffer cost no copy.
 "acc" is fp64 for fp64 features and fp32 for all others; vectors over channels are acc. Nothing syncs a GPU's host.
 
-On a CPU they are native code where that was built, and eager torch elsewhere: equal to rounding.
+On a CPU they are native code where that was built, and eager torch elsewhere: equal to rounding. `pointwise` and its
+backward are there where `multiplies` says so.
 """
 
 import functools
@@ -43,6 +44,35 @@ def deposit(
 def correct(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, out: Tensor) -> None:
     """out = grad - p - (x - mean) * q, all [R, C] or [C]: what every batch norm of x takes from its gradient."""
     _passes(x).correct(grad, x, mean, p, q, out)
+
+
+def multiplies(x: Tensor, weights: int) -> bool:
+    """Whether `pointwise` and `pointwise_backward` of so many weights take x: on a CPU with native code, in fp32 and
+    fp64, as long as they are the faster way."""
+    native = _native() if x.device.type == "cpu" else None
+    return native is not None and native.multiplies(x.dtype, weights)
+
+
+def pointwise(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = relu(x * scale + shift) weight^T, [R, out]: the 1x1 convolution of what `activate` would make of x."""
+    _passes(x).pointwise(x, scale, shift, weight, out)
+
+
+def pointwise_backward(
+    grad: Tensor,  # [R, out]: d loss / d out of `pointwise`
+    x: Tensor,  # [R, C]
+    scale: Tensor,  # [C]
+    shift: Tensor,  # [C]
+    mean: Tensor,  # [C]
+    weight: Tensor,  # [out, C]
+    into: Tensor,  # [R, C], any pitch
+    sums: Tensor,  # [2, C]
+    weight_grad: Tensor | None,  # [out, C], contiguous; None where nobody asks
+    *,
+    add: bool,
+) -> None:
+    """What `deposit` does with the gradient of what `activate` makes of x; and weight_grad += the weight's."""
+    _passes(x).pointwise_backward(grad, x, scale, shift, mean, weight, into, sums, weight_grad, add=add)
 
 
 def _passes(x: Tensor) -> ModuleType:

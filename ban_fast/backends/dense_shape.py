@@ -108,6 +108,10 @@ class Shape:
         bounds = [self.batch * i // count for i in range(count + 1)] if count else []
         return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
+    def at_once(self) -> list[slice]:
+        """All images, if there are any."""
+        return [slice(0, self.batch)] if self.batch else []
+
     def rows(self, chunks: Sequence[slice]) -> list[int]:
         """Pixels of every chunk."""
         return [(images.stop - images.start) * self.height * self.width for images in chunks]

@@ -13,7 +13,8 @@ const RowKernels row_kernels = {
     target_rows,
     permutation_rows,
     scale_rows,
-    {dense_activate_rows, dense_moments_rows, dense_deposit_rows, dense_correct_rows},
+    {dense_activate_rows, dense_moments_rows, dense_deposit_rows, dense_correct_rows, pointwise_rows,
+     pointwise_backward_rows},
 };
 
 }  // namespace ban_fast::BAN_FAST_ISA

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ban_fast import _native
-from ban_fast.backends import native
+from ban_fast.backends import dense_native, native
 
 HERE = Path(__file__).parent
 PATIENCE = 300
@@ -50,7 +50,19 @@ def every_function() -> list[Tensor]:
     scaled = native.scale_grad_(native.kd(student, teacher, None, None, **options).grad, torch.tensor(0.3), None)
     targets = native.dkpp_targets(teacher, None, 3, None, seed=1, temperature=2.0)
     outputs = [tensor for output in (distilled, permuted, weighted) for tensor in output if tensor is not None]
-    return [*outputs, scaled, targets]
+    return [*outputs, scaled, targets, *products()]
+
+
+def products() -> list[Tensor]:
+    """Through a 1x1 convolution of normalised rows, and back."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad, weight = (torch.randn(shape, generator=generator) for shape in ((500, 33), (500, 75), (75, 33)))
+    scale, shift, mean = torch.randn(3, 33, generator=generator)
+    out, into, sums = torch.empty(500, 75), torch.zeros(500, 33), torch.zeros(2, 33)
+    weight_grad = torch.zeros_like(weight)
+    dense_native.pointwise(x, scale, shift, weight, out)
+    dense_native.pointwise_backward(grad, x, scale, shift, mean, weight, into, sums, weight_grad, add=True)
+    return [out, into, sums, weight_grad]
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
@@ -255,8 +267,8 @@ def test_every_instruction_set_passes_the_kernels_tests(instruction_sets: list[s
     for isa in instruction_sets:
         if isa == _native.instruction_set():
             continue  # the one that this run uses
-        tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_native_kd.py", "test_native_dkpp.py")
-        done = run_with(isa, *tests)
+        tests = ("test_native_kd.py", "test_native_dkpp.py", "../models/test_models_densenet_shared_pointwise.py")
+        done = run_with(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
         assert done.returncode == 0, f"{isa}: {done.stdout[-3000:]}"
 
 
@@ -269,6 +281,7 @@ torch.save([_native.instruction_set(), every_function()], {path!r})
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_with_fma_give_the_same_bits(instruction_sets: list[str], tmp_path: Path) -> None:
     results = {}
     for isa in instruction_sets:

@@ -31,6 +31,8 @@ LEVELS = ("word", "character")
 OVER_TIME = ("sum", "mean")
 _COLDEST, _HOTTEST = 1e-18, 1e18
 """Temperatures that the losses take."""
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Which images, and what is done to them; or which text."""
@@ -289,7 +291,8 @@ class Config:
 
     def validate(self) -> None:
         """Raise OptionError for the first value that no run could use."""
-        sections = {
+        sections: dict[str, Any] = {
+            "": self,
             "data.": self.data,
             "text.": self.text,
             "model.": self.model,
@@ -297,7 +300,7 @@ class Config:
             "teacher.": self.teacher,
             "optimizer.": self.optimizer,
         }
-        for prefix, section in {"": self, **sections}.items():
+        for prefix, section in sections.items():
             for f in dataclasses.fields(section):
                 if not dataclasses.is_dataclass(getattr(section, f.name)):
                     of_type(prefix + f.name, getattr(section, f.name), _hints(type(section))[f.name])

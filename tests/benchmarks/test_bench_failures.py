@@ -167,6 +167,7 @@ def test_memory_may_end_at_any_time(when: str, monkeypatch: pytest.MonkeyPatch) 
     assert measuring._prepared["bad"].failed is None  # it may fit in another setting
 
 
+@pytest.mark.slow
 def test_what_the_sanitizer_watches_holds_by_itself() -> None:
     """Shown by the one backend for GPUs that runs without one, in Triton's interpreter: in a process of its own."""
     pytest.importorskip("triton", reason="Triton is not installed (it comes with torch where torch is built for CUDA)")

@@ -141,7 +141,12 @@ def test_a_wrong_gradient_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "lap", "rounds"), [("cpu", 2.0, 10), ("cpu", 30.0, 7), ("cpu", 0.1, 41), ("cuda", 2.0, 7)]
+    ("device", "lap", "rounds"),
+    [
+        ("cpu", 2.0, 10),
+        ("cpu", 30.0, 7),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("cpu", 0.1, 41), ("cuda", 2.0, 7))),
+    ],
 )
 def test_rounds_fill_a_minute_on_a_cpu(device: str, lap: float, rounds: int, made: dict[str, Any]) -> None:
     """Three trainers of so many seconds an epoch; on a GPU seven rounds do."""

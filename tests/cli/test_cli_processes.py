@@ -128,6 +128,7 @@ def test_what_torchrun_ends_before_training_says_nothing(importing: Start) -> No
     assert (said.status, said.err) == (143, "")
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation(start: Start, tmp_path: Path, held: Path) -> None:
     held.touch()
     short = ("--model", "held:Held", "--max-steps", "2", "--generations", "0")  # with 360 test images, two batches
@@ -229,6 +230,7 @@ def test_a_narrow_terminal_cuts_no_figure(start: Start) -> None:
     assert all(figure in shown.decode() for figure in figures)
 
 
+@pytest.mark.slow
 def test_nobody_listens(start: Start, tmp_path: Path) -> None:
     """stdout closed by who started the command: all is done, and nothing is said about it."""
     assert finish(start("train", *SMALL, "--out", "run")).status == 0

@@ -118,6 +118,7 @@ def test_students_side_by_side_share_it() -> None:
     assert len([text for text in observer.messages if "computed ahead" in text]) == 1
 
 
+@pytest.mark.slow
 def test_loaders_that_read_files_fill_it_too(tmp_path: Path, asked_in_training: list[int]) -> None:
     chosen, _ = settings("nine views", AHEAD)
     run(chosen, out=tmp_path / "memory")

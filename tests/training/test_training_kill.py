@@ -57,10 +57,9 @@ def footprints(path: Path) -> dict[str, Any]:
     "mode",
     [
         "small",
-        "text",
         *(
             pytest.param(mode, marks=pytest.mark.slow)
-            for mode in ("wide-resnet", "cache", "together", "text-cache", "text-together")
+            for mode in ("text", "wide-resnet", "cache", "together", "text-cache", "text-together")
         ),
     ],
 )

@@ -160,6 +160,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_a_texts_streams_on_two_ranks(on_ranks: OnRanks, tmp_path: Path) -> None:
     """Each has half of them, with states of its own: what one process does with all, and again after a stop."""
     write_text(tmp_path / "corpus", lines=40)

@@ -211,7 +211,7 @@ void dense_pointwise(const SizeArgs& of, const PixelsArgs& x, Address scale, Add
                                        at<const void>(weight),
                                        outputs,
                                        pixels<void>(out)};
-  without_gil(size.rows * size.channels, [&] { ban_fast::dense::pointwise(job, threads); });
+  without_gil(size.rows * size.channels * outputs, [&] { ban_fast::dense::pointwise(job, threads); });
 }
 
 void dense_pointwise_backward(const SizeArgs& of, const PixelsArgs& grad, const PixelsArgs& x, Address scale,
@@ -231,7 +231,7 @@ void dense_pointwise_backward(const SizeArgs& of, const PixelsArgs& grad, const 
                                                at<void>(distance_sum),
                                                at<void>(weight_grad),
                                                add};
-  without_gil(size.rows * size.channels, [&] { ban_fast::dense::pointwise_backward(job, threads); });
+  without_gil(size.rows * size.channels * outputs, [&] { ban_fast::dense::pointwise_backward(job, threads); });
 }
 
 // The block's bytes, for torch.frombuffer: its tensor keeps the object, and so the block, as long as any storage does.

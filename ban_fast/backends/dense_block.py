@@ -7,8 +7,9 @@ is produced. With z = scale * (x - mean) + bias, scale = weight / std, the gradi
 
 Backward goes through the consumers in reverse. Each adds scale_l dz_l to the block's gradient buffer, and its two sums,
 from which its weight and bias have their gradients, to those of the second and third term; the producer takes these
-two off, once. Normalised activations are never kept: they are made for a few images at a time, few enough for the
-cache, and again in backward. So is what the 1x1 convolutions of the first units made (`Shape.remade`).
+two off, once. Normalised activations are never kept: they are made on their way into a 1x1 convolution where native
+code multiplies (`dense_passes.multiplies`), else for a few images at a time, few enough for the cache; and again in
+backward. So is what the 1x1 convolutions of the first units made (`Shape.remade`).
 """
 
 from collections.abc import Callable, Sequence
@@ -100,9 +101,11 @@ def _convolve(
 
 
 def _is_product(source: Tensor, weight: Tensor) -> bool:
-    """Whether batch norm, ReLU and this convolution are one pass."""
-    is_flat = weight.shape[-1] == 1 and weight.stride()[:2] == (weight.shape[1], 1)
-    return is_flat and passes.multiplies(source, weight.numel())
+    """Whether batch norm, ReLU and this convolution are one pass. A weight that does not fit is conv2d's to refuse."""
+    channels = source.shape[-1]
+    is_flat = weight.shape[1:] == (channels, 1, 1) and weight.stride()[:2] == (channels, 1)
+    alike = (weight.dtype, weight.device) == (source.dtype, source.device)
+    return is_flat and alike and passes.multiplies(source, weight.numel())
 
 
 def _flat(weight: Tensor) -> Tensor:  # [out, C, 1, 1] -> [out, C]
@@ -158,8 +161,7 @@ class _Backward:
         self.grad = self.shape.features(saved.statistics.dtype)
         # Of one unit at a time: memory that is asked for anew is paid for page by page.
         self.hidden_grad = self.shape.maps(self.shape.bottleneck, self.grad.dtype)
-        widest = max(self.shape.bottleneck, self.shape.growth, self.shape.entry)
-        self.room = self.shape.new(self.shape.batch * self.shape.height * self.shape.width * widest)
+        self.room = self.shape.new(0)
         self.terms = self.shape.vectors(2, self.shape.channels)
         self.conv_grads: list[Tensor | None] = [None] * len(convs)
         self.norm_grads: list[Tensor | None] = [None] * len(norms)
@@ -214,7 +216,10 @@ class _Backward:
         p, q = sum_over_ranks(terms, self.group) / self.saved.total
 
         def upstream(images: slice) -> Tensor:
-            out = self.room[: x[images].numel()].view(x[images].shape)
+            wanted = x[images].shape
+            if self.room.numel() < wanted.numel():
+                self.room = self.shape.new(wanted.numel())
+            out = self.room[: wanted.numel()].view(wanted)
             passes.correct(rows(grad[images]), rows(x[images]), statistics[0], p, q, rows(out))
             return out
 

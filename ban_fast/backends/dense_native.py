@@ -55,18 +55,19 @@ def correct(grad: Tensor, x: Tensor, mean: Tensor, p: Tensor, q: Tensor, out: Te
 
 
 MOST_WEIGHTS = 1 << 19
-"""Of a product. Beside activation, oneDNN's convolution and deposit one by one (Zen 4, 2 threads, fp32), backward took
-0.75 of the time at 10,000 weights, 0.9 at 380,000, the same at 480,000 and 1.1 at 1.4 million: their gradient no longer
-stays in the cache from one block of rows to the next."""
+"""Of a product. Beside activation, oneDNN's convolution and deposit one by one (two threads of an AMD EPYC with
+AVX-512, fp32), backward took 0.75 of the time at 10,000 weights, 0.9 at 380,000, the same at 480,000 and 1.1 at 1.4
+million: their gradient no longer stays in the cache from one block of rows to the next."""
 
 
 def multiplies(dtype: torch.dtype, weights: int) -> bool:
-    """Whether the products below take that dtype, and are the faster way: they need fma."""
+    """Whether the products below take that dtype, and are the faster way: they are written for AVX2 and AVX-512."""
     return dtype in (torch.float32, torch.float64) and weights <= MOST_WEIGHTS and instruction_set() != "baseline"
 
 
 def pointwise(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor) -> None:
     """As `dense_passes.pointwise`."""
+    assert weight.shape == (out.shape[1], x.shape[1]), f"{list(weight.shape)} of {list(x.shape)}"
     scale, shift, weight = scale.contiguous(), shift.contiguous(), weight.contiguous()
     vectors = scale.data_ptr(), shift.data_ptr(), weight.data_ptr()
     dense_pointwise(_size(x), _pixels(x), *vectors, len(weight), _pixels(out), torch.get_num_threads())
@@ -88,7 +89,8 @@ def pointwise_backward(
     """As `dense_passes.pointwise_backward`."""
     scale, shift, mean, weight = scale.contiguous(), shift.contiguous(), mean.contiguous(), weight.contiguous()
     vectors = scale.data_ptr(), shift.data_ptr(), mean.data_ptr(), weight.data_ptr()
-    assert weight_grad is None or weight_grad.is_contiguous()
+    assert weight.shape == (grad.shape[1], x.shape[1]), f"{list(weight.shape)} of {list(x.shape)}"
+    assert weight_grad is None or (weight_grad.is_contiguous() and weight_grad.shape == weight.shape)
     dense_pointwise_backward(
         _size(x),
         _pixels(grad),

@@ -2,7 +2,7 @@
 #include "cpu/pointwise.h"
 
 #include <algorithm>
-#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -21,12 +21,15 @@ constexpr std::int64_t kRows = 256;
 // Of weight gradients, one for each piece of the rows.
 constexpr std::int64_t kMostBytes = 64 << 20;
 constexpr std::int64_t kMostPieces = 64;
+// Of the pieces' values, by a thread.
+constexpr std::int64_t kAddedAtOnce = 1 << 13;
 
 std::int64_t round_up(std::int64_t count, std::int64_t to) { return vectors_of(count, to) * to; }
 
 // `matrix` [steps, columns], its element (k, n) at k * step + n * column, as pointwise::Panels says.
 template <class T>
-std::vector<T> panels(const T* matrix, std::int64_t steps, std::int64_t columns, std::int64_t step, std::int64_t column) {
+std::vector<T> panels(const T* matrix, std::int64_t steps, std::int64_t columns, std::int64_t step,
+                      std::int64_t column) {
   const std::int64_t width = kPanelVectors * kLanes<T>, padded = round_up(columns, kLanes<T>);
   std::vector<T> packed(std::size_t(steps * padded));
   T* to = packed.data();
@@ -59,13 +62,13 @@ class Pieces {
  public:
   Pieces(const PointwiseBackward& job, int threads)
       : job_(job),
+        threads_(threads),
         channels_(job.size.channels),
         pitch_(round_up(job.outputs, 16)),
-        weight_elements_(job.weight_grad == nullptr ? 0 : channels_ * pitch_),
         rows_(rows_of_a_piece()),
         count_(vectors_of(job.size.rows, rows_)),
-        sums_(std::size_t(count_ * 2 * channels_)),
-        weights_(std::size_t(count_ * weight_elements_)) {
+        sums_(new double[std::size_t(count_ * 2 * channels_)]),
+        weights_(job.weight_grad == nullptr ? nullptr : new T[std::size_t(count_ * weight_elements())]) {
     parallel_for(
         count_, 1, threads,
         [](void* opaque, std::int64_t begin, std::int64_t end) {
@@ -76,12 +79,12 @@ class Pieces {
   }
 
   void deliver() const {
-    add_up(sums_, 2 * channels_, [&](std::int64_t i, double value) {
+    add_up(sums_.get(), 2 * channels_, [&](std::int64_t i, double value) {
       T* to = static_cast<T*>(i < channels_ ? job_.dz_sum : job_.distance_sum) + i % channels_;
       *to = T(double(*to) + value);
     });
-    if (weight_elements_ == 0) return;
-    add_up(weights_, weight_elements_, [&](std::int64_t i, double value) {
+    if (weights_ == nullptr) return;
+    add_up(weights_.get(), weight_elements(), [&](std::int64_t i, double value) {
       const std::int64_t c = i / pitch_, n = i % pitch_;
       if (n >= job_.outputs) return;
       T* to = static_cast<T*>(job_.weight_grad) + n * channels_ + c;
@@ -90,33 +93,51 @@ class Pieces {
   }
 
  private:
+  std::int64_t weight_elements() const { return channels_ * pitch_; }
+
   std::int64_t rows_of_a_piece() const {
-    const std::int64_t bytes = std::max<std::int64_t>(1, weight_elements_ * std::int64_t(sizeof(T)));
+    const std::int64_t bytes = std::max<std::int64_t>(1, weight_elements() * std::int64_t(sizeof(T)));
     const std::int64_t most = std::clamp<std::int64_t>(kMostBytes / bytes, 1, kMostPieces);
     return std::max(kRows, round_up(vectors_of(job_.size.rows, most), kRows));
   }
 
   void run(std::int64_t piece) {
     const std::int64_t begin = piece * rows_, end = std::min(begin + rows_, job_.size.rows);
-    T* weight = weight_elements_ == 0 ? nullptr : weights_.data() + piece * weight_elements_;
-    row_kernels().dense.pointwise_backward(job_, begin, end, sums_.data() + piece * 2 * channels_, weight);
+    double* sums = sums_.get() + piece * 2 * channels_;
+    T* weight = weights_ == nullptr ? nullptr : weights_.get() + piece * weight_elements();
+    std::fill_n(sums, 2 * channels_, 0.0);
+    if (weight != nullptr) std::fill_n(weight, weight_elements(), T(0));
+    row_kernels().dense.pointwise_backward(job_, begin, end, sums, weight);
   }
 
   // use(i, the sum of the pieces' values number i) for all `size` of a piece's values.
   template <class V, class Use>
-  void add_up(const std::vector<V>& values, std::int64_t size, Use use) const {
-    std::vector<double> total(std::size_t(size), 0.0);
-    for (std::int64_t piece = 0; piece < count_; ++piece) {
-      const V* from = values.data() + piece * size;
-      for (std::int64_t i = 0; i < size; ++i) total[std::size_t(i)] += double(from[i]);
-    }
-    for (std::int64_t i = 0; i < size; ++i) use(i, total[std::size_t(i)]);
+  void add_up(const V* values, std::int64_t size, Use use) const {
+    struct Context {
+      const Pieces& self;
+      const V* values;
+      std::int64_t size;
+      Use& use;
+    } context{*this, values, size, use};
+    parallel_for(
+        size, kAddedAtOnce, threads_,
+        [](void* opaque, std::int64_t begin, std::int64_t end) {
+          const Context& of = *static_cast<Context*>(opaque);
+          std::vector<double> total(std::size_t(end - begin), 0.0);
+          for (std::int64_t piece = 0; piece < of.self.count_; ++piece) {
+            const V* from = of.values + piece * of.size;
+            for (std::int64_t i = begin; i < end; ++i) total[std::size_t(i - begin)] += double(from[i]);
+          }
+          for (std::int64_t i = begin; i < end; ++i) of.use(i, total[std::size_t(i - begin)]);
+        },
+        &context);
   }
 
   const PointwiseBackward& job_;
-  const std::int64_t channels_, pitch_, weight_elements_, rows_, count_;
-  std::vector<double> sums_;
-  std::vector<T> weights_;
+  const int threads_;
+  const std::int64_t channels_, pitch_, rows_, count_;
+  const std::unique_ptr<double[]> sums_;
+  const std::unique_ptr<T[]> weights_;  // zeroed by who works on them: one thread alone would wait for their pages
 };
 
 template <class T>

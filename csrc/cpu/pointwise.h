@@ -13,8 +13,8 @@ inline constexpr std::int64_t kLanes = kVectorBytes / std::int64_t(sizeof(T));
 
 inline constexpr std::int64_t vectors_of(std::int64_t count, std::int64_t lanes) { return (count + lanes - 1) / lanes; }
 
-// A matrix [steps, columns] as panels of up to kPanelVectors vectors of columns, one after the other, each with its rows
-// contiguous: a product's inner loop reads it from the first to the last. Columns beyond the matrix's are 0.
+// A matrix [steps, columns] as panels of up to kPanelVectors vectors of columns, one after the other, each with its
+// rows contiguous: a product's inner loop reads it from the first to the last. Columns beyond the matrix's are 0.
 template <class T>
 struct Panels {
   const T* data;

@@ -12,9 +12,10 @@ using pointwise::kPanelVectors;
 using pointwise::Panels;
 using pointwise::vectors_of;
 
-// How many rows are activated together, and summed in fp32 before fp64 takes over (dense_passes.cpp's kMostRows).
+// How many rows are activated together, and added up from 0: the sums over channels go on from there in fp64
+// (dense_passes.cpp's kMostRows), the weight's gradient within its piece of the rows in T.
 inline constexpr std::int64_t kBlock = 64;
-// A tile of a product is what the registers hold: 24 of 32 with AVX-512, 12 of 16 with AVX2.
+// A tile of a product is what the registers hold: 24 of 32 with AVX-512, 12 of 16 with AVX2, 8 of 16 elsewhere.
 inline constexpr int kTileRows = kParts == 1 ? 8 : kParts == 2 ? 6 : 2;
 inline constexpr int kTileVectors = kParts == 1 ? int(kPanelVectors) : 1;
 
@@ -28,8 +29,9 @@ BAN_FAST_HD const T* row_of(const dense::Read& pixels, std::int64_t row) {
   return static_cast<const T*>(pixels.data) + row * pixels.pitch;
 }
 
-// Rows of T in this thread's scratch, an odd number of vectors apart, so that no two of a tile share a line of the cache
-// by their addresses alone. Tiles may read a few rows, and a few elements, beyond the last.
+// Rows of T in this thread's scratch, an odd number of vectors apart, so that those of a tile fall on different sets of
+// the cache. The last tile of rows may read up to kTileRows beyond kBlock, that of a weight's gradient, whose rows are
+// columns here, as many elements beyond a row.
 template <class T>
 class Block {
  public:
@@ -50,8 +52,8 @@ class Block {
 
 inline constexpr std::integral_constant<std::int64_t, 1> kNext;
 
-// The tile [kRows, kVectors] of left right: left's element (r, k) is at left[r * row + k * step], right's row k at right +
-// k * pitch. Every sum is one fma after the other, in the order of k.
+// The tile [kRows, kVectors] of left right: left's element (r, k) is at left[r * row + k * step], right's row k at
+// right + k * pitch. Every sum is one fma after the other, in the order of k.
 template <int kRows, int kVectors, class T, class Row, class Step>
 BAN_FAST_HD void multiply(const T* left, Row row, Step step, const T* right, std::int64_t pitch, std::int64_t steps,
                           Vec<T> (&sum)[kRows][kVectors]) {
@@ -195,9 +197,9 @@ class Backward {
         Vec<T> sum[kTileRows][decltype(count)::value];
         multiply(activation_.row(0) + c, kNext, activation_.pitch(), grad_.row(0) + v * kLanes, grad_.pitch(), rows,
                  sum);
-        T* to = weight_part_ + c * pitch + v * kLanes;
         for (int i = 0; i < kTileRows && c + i < channels_; ++i) {
-          for (int u = 0; u < count; ++u) store(to + i * pitch + u * kLanes, load(to + i * pitch + u * kLanes) + sum[i][u]);
+          T* to = weight_part_ + (c + i) * pitch + v * kLanes;
+          for (int u = 0; u < count; ++u) store(to + u * kLanes, load(to + u * kLanes) + sum[i][u]);
         }
       }
     });

@@ -191,6 +191,21 @@ def test_probabilities_too_small_for_their_digits_are_not_negative(backend: str,
         assert (kd_loss(student, teacher, reduction="none", backend=backend) >= 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("others", [-1.0, -10.0], ids=["near", "far"])
+def test_classes_masked_by_the_lowest_number(backend: str, temperature: float, others: float) -> None:
+    """Not by -inf: where the teacher's probability is 0, its distance to the student's is 1e38 and counts nothing."""
+    student, teacher = torch.full((3, 40), others), torch.zeros(3, 40)
+    student[:, 0] = 0
+    student[:, 5:9], teacher[:, 5:9] = torch.finfo(torch.float32).min, torch.tensor([[-1e4], [-1e9], [-1e30]])
+    student.requires_grad_()
+    rows = kd_loss(student, teacher, temperature=temperature, reduction="none", backend=backend)
+    expected = truth.kd_rows(student.double(), teacher.double(), temperature) * temperature**2
+    assert truth.relative_error(rows, expected) < 1e-5
+    of_loss, of_truth = (truth.gradient(value, student, torch.ones_like(value)) for value in (rows, expected))
+    assert truth.relative_error(of_loss, of_truth) < 1e-5
+
+
 def masked(*which: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(8)
     student, teacher = torch.randn(6, 8), torch.randn(6, 8)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ban_fast.backends import dense_eager, dense_passes
+from ban_fast.backends import dense_block, dense_eager, dense_passes
+from ban_fast.backends.dense_interface import Need
+from ban_fast.backends.dense_shape import Norm
 
 native = dense_passes._native()
 pytestmark = pytest.mark.skipif(
@@ -181,3 +183,34 @@ def test_only_where_native_code_multiplies(monkeypatch: pytest.MonkeyPatch):
     assert not dense_passes.multiplies(torch.empty(2, 3, device="meta"), 6)
     monkeypatch.setattr(dense_passes, "_native", lambda: None)
     assert not dense_passes.multiplies(torch.empty(2, 3), 6)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(16, 8, 1, 1), torch.zeros(16, 20, 1, 1), torch.zeros(16, 12, 1), torch.zeros(16, 12, 1, 1).double()],
+    ids=["narrow", "wide", "three dimensions", "another dtype"],
+)
+def test_weights_that_do_not_fit_are_refused(weight: Tensor):
+    """As conv2d does: native code would read and write beyond them."""
+    norms = [Norm(torch.ones(12), torch.zeros(12), None, None, 1e-5)]
+    with pytest.raises(RuntimeError, match=r"(?i)expected|should be the same"):
+        dense_block.forward(torch.randn(2, 12, 4, 4), [weight], norms, group="", keep=True)
+
+
+def test_weights_that_are_views():
+    """A weight of any strides gives what its copy does."""
+    x, wide = torch.randn(3, 12, 4, 4), torch.randn(12, 32, 1, 1)
+    norms = [Norm(torch.ones(12), torch.zeros(12), None, None, 1e-5)]
+    for weight in (
+        wide.transpose(0, 1)[::2],
+        wide[:, :16].transpose(0, 1),
+        torch.randn(1, 12, 1, 1).expand(16, -1, -1, -1),
+    ):
+        y, saved = dense_block.forward(x, [weight], norms, group="", keep=True)
+        expected, _ = dense_block.forward(x, [weight.contiguous()], norms, group="", keep=True)
+        torch.testing.assert_close(y, expected)
+        need = Need(True, [True], [True])
+        got = dense_block.backward(torch.ones_like(y), saved, [weight], norms, need, group="")
+        same = dense_block.backward(torch.ones_like(y), saved, [weight.contiguous()], norms, need, group="")
+        torch.testing.assert_close(got.x, same.x)
+        torch.testing.assert_close(got.convs[0], same.convs[0])

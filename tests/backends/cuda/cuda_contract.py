@@ -142,6 +142,16 @@ class Contract:
         tensors = (student, teacher, labels_of(classes), torch.tensor(TEACHER_ROWS))
         self.check("kd", device, *tensors, **options, value=FAR_ERROR, gradient=FAR_ERROR)
 
+    @pytest.mark.parametrize("classes", [10, 100, 300, 4000])
+    def test_kd_of_classes_masked_by_the_lowest_number(self, device: torch.device, classes: int) -> None:
+        """Their logits are 1e38 apart, and the teacher's probability is 0."""
+        for regime in ("near", "random"):
+            student, teacher = logits(classes, regime)
+            student[:, 1:4], teacher[:, 1:4] = torch.finfo(torch.float32).min, torch.tensor([-1e4, -1e9, -1e30])
+            self.check(
+                "kd", device, student, teacher, None, torch.tensor(TEACHER_ROWS), **KD, value=1e-4, gradient=1e-5
+            )
+
     @pytest.mark.parametrize("classes", CLASSES)
     def test_dkpp(self, device: torch.device, classes: int) -> None:
         student, teacher = logits(classes, "random")

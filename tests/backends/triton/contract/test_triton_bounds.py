@@ -137,6 +137,17 @@ def test_logits_that_are_minus_infinity(classes: int, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("classes", [5, 129, 11000])
+def test_classes_masked_by_the_lowest_number(classes: int, device: torch.device) -> None:
+    """Their logits are 1e38 apart, and the teacher's probability is 0."""
+    for regime in ("near", "random"):
+        student, teacher = logits(3, classes, regime)
+        student[:, 1:4], teacher[:, 1:4] = torch.finfo(torch.float32).min, torch.tensor([-1e4, -1e9, -1e30])
+        wanted = call("kd", student, teacher, None, None, by_reference=True)
+        got = on_cpu(call("kd", student.to(device), teacher.to(device), None, None))
+        assert_close(got, wanted, loss=1e-4, gradient=1e-5)
+
+
+@pytest.mark.parametrize("classes", [5, 129, 11000])
 def test_a_certain_class_where_log_sum_exp_serves(classes: int, device: torch.device) -> None:
     """q - p of a class that has all but 1e-7 of both is what the others lack: in fp32 the difference is nothing."""
     student, teacher = logits(2, classes, "random")

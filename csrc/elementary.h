@@ -104,7 +104,7 @@ struct ExpConstants<float> {
   static constexpr float magic = 0x1.8p23f + 127.0f;
   static constexpr float ln2_hi = 0x1.62e4p-1f;  // 15 bits: n * ln2_hi is exact
   static constexpr float ln2_lo = 0x1.7f7d1cp-20f;
-  static constexpr float floor = -86.6f;  // below it 2^n would be subnormal; exp is 0 there
+  static constexpr float floor = -0x1.601e68p+6f;  // -127 ln(2): n = -127, whose 2^n has no bit set, is 0
 };
 
 template <>
@@ -113,7 +113,7 @@ struct ExpConstants<double> {
   static constexpr double magic = 0x1.8p52 + 1023.0;
   static constexpr double ln2_hi = 0x1.62e42feep-1;  // 32 bits
   static constexpr double ln2_lo = 0x1.a39ef35793c76p-33;
-  static constexpr double floor = -708.0;
+  static constexpr double floor = -0x1.628b76e3a7b61p+9;  // -1023 ln(2)
 };
 
 // (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2: minimax, within 1.4e-8 of exp(r) - 1 in fp32 and 2.7e-19 in fp64.
@@ -165,10 +165,10 @@ BAN_FAST_HD F divide(F x, const Divisor& t) {
   }
 }
 
-// exp(x / T) for x / T <= 80: within 1 ulp, but where x / T < ExpConstants::floor it is the floor's (2.5e-38 in fp32).
-// NaN stays NaN.
+// exp(x / T) for x / T <= 80: within 1 ulp; 0 where it is below 0.71 of the least normal number, for x = -inf too. NaN
+// stays NaN.
 template <class F, class Divisor>
-BAN_FAST_HD F exp_above_floor(F x, const Divisor& t) {
+BAN_FAST_HD F exp_quotient(F x, const Divisor& t) {
   using K = ExpConstants<Scalar<F>>;
   const F y = larger(x, F(t.floor));
   F shifted, n, r;
@@ -185,12 +185,6 @@ BAN_FAST_HD F exp_above_floor(F x, const Divisor& t) {
   }
   r = madd(n, F(-K::ln2_lo), r);
   return madd(r, madd(r, exp_tail(r), F(Scalar<F>(1))), F(Scalar<F>(1))) * power_of_two(shifted);
-}
-
-// The same, but 0 below the floor, -inf included.
-template <class F, class Divisor>
-BAN_FAST_HD F exp_quotient(F x, const Divisor& t) {
-  return select(x < F(t.floor), F(Scalar<F>(0)), exp_above_floor(x, t));
 }
 
 // exp(x) - 1 for |x| <= 80, relative to its own size within 2 ulp. Beyond: any value.

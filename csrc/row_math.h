@@ -55,7 +55,7 @@ BAN_FAST_HD F excess(F p, F d) {
 template <class F, class Divisor>
 BAN_FAST_HD F leaping_excess(F p, F z_minus_z_r, const Divisor& temperature) {
   const F highest = F(Scalar<F>(kLeaping * double(temperature.value)));
-  return exp_above_floor(select(z_minus_z_r < highest, z_minus_z_r, highest), temperature) - p;
+  return exp_quotient(select(z_minus_z_r < highest, z_minus_z_r, highest), temperature) - p;
 }
 
 // What a near row's elements need of its sums S = sum e^x and A = sum e^x (e^d - 1): D = log1p(A / S), exp(-D) = S / (S

@@ -52,7 +52,7 @@ static KDSums near_sums(const KDRow<T> row, const Divisor temperature) {
     }
     const Vec<T> d = relative_difference(exact_difference(z, t), reference, temperature);
     const Vec<T> shifted = t - Vec<T>(t_r);
-    Vec<T> p = exp_quotient(shifted, temperature);  // 0 where it underflows: it is multiplied by d, however large
+    Vec<T> p = exp_quotient(shifted, temperature);
     if constexpr (kCareful || tail) p = select(counted, p, Vec<T>(T(0)));
     Vec<T> more = excess(p, d);
     if constexpr (kCareful) {

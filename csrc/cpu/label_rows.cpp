@@ -10,21 +10,22 @@ namespace {
 // 2.5e-38 below the floor. NaN stays NaN. A quarter of exp_quotient's steps are spared: 2^(n/8) comes from a table, the
 // polynomial is for |r| <= ln(2) / 16 (minimax, within 2.6e-8), and n ln(2) / 8 is taken away in one part.
 BAN_FAST_HD Vec<float> exp_term(Vec<float> x) {
-  if constexpr (!kFused) return exp_above_floor(x, UnitTemperature<float>{});
+  if constexpr (!kFused) return exp_quotient(x, UnitTemperature<float>{});
   using F = Vec<float>;
   // The bits of 2^(j/8), less those that a shifted j has already put into the exponent.
   static constexpr std::uint32_t kEighths[16] = {
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
   constexpr float kRounding = 0x1.8p23f;  // rounds what is added to it to an integer
-  const F y = larger(x, F(ExpConstants<float>::floor));
+  constexpr float kFloor = -86.6f;        // below it the power would be subnormal
+  const F y = larger(x, F(kFloor));
   const F shifted = madd(y, F(0x1.715476p+3f), F(kRounding));
   const F r = madd(shifted - F(kRounding), F(-0x1.62e43p-4f), y);
   const Words bits = bits_of(shifted);
   const F power = from_bits(look_up(kEighths, bits) + (bits << 20));
   return madd(power * r, poly(r, 1.0f, 0x1.00087cp-1f, 0x1.5556p-3f), power);
 }
-BAN_FAST_HD Vec<double> exp_term(Vec<double> x) { return exp_above_floor(x, UnitTemperature<double>{}); }
+BAN_FAST_HD Vec<double> exp_term(Vec<double> x) { return exp_quotient(x, UnitTemperature<double>{}); }
 
 // How far beyond its reference a sum may reach: less than kFar, since a block costs less than a row to take again.
 template <class T>

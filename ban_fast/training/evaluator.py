@@ -19,22 +19,36 @@ TEST = "test"
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no products of operands rounded to bf16 or TF32, as a caller may have allowed, and on a GPU no TF32
-    in convolutions, where torch uses it unless told otherwise."""
-    cudnn: Any = torch.backends.cudnn
-    allowed = torch.get_float32_matmul_precision()
-    handles = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul] if device.type == "cuda" else []
+    """No autocast, no products or convolutions of operands rounded to bf16 or TF32, as a caller may have allowed by
+    torch's older settings or by its newer ones; on a GPU convolutions are rounded to TF32 unless told otherwise."""
+    backends: Any = torch.backends
+    handles = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv]
+    if device.type == "cuda":
+        handles += [backends.cudnn.conv, backends.cudnn.rnn]
     before = [handle.fp32_precision for handle in handles]
+    allowed = _allowed_products()
     try:
-        torch.set_float32_matmul_precision("highest")  # torch refuses products where this and the handles disagree
+        if allowed != "highest":  # torch refuses products where this and the handles disagree
+            torch.set_float32_matmul_precision("highest")
         for handle in handles:
-            handle.fp32_precision = "ieee"
+            if handle.fp32_precision != "none":  # which is full precision, and goes with what is set for all
+                handle.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        if allowed != "highest":
+            torch.set_float32_matmul_precision(allowed)
         for handle, precision in zip(handles, before, strict=True):
-            handle.fp32_precision = precision
+            if handle.fp32_precision != precision:
+                handle.fp32_precision = precision
+
+
+def _allowed_products() -> str:
+    """torch's older setting. It can't be asked for where the newer ones say something else; then they hold."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
 
 
 class Evaluator:

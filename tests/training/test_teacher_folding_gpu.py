@@ -1,6 +1,8 @@
 """What only a GPU can show of folded teachers: what "auto" comes to, by which kernels. `pytest -m gpu`."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +20,20 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def unrounded_convolutions() -> Iterator[None]:
+    convolutions: Any = torch.backends.cudnn.conv  # monkeypatch can't put back what answers by __getattr__
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield
+    convolutions.fp32_precision = before
+
+
+@pytest.mark.usefixtures("unrounded_convolutions")
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @torch.no_grad()
-def test_the_same_logits(amp: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_logits(amp: str, channels_last: bool) -> None:
     """To fp32's rounding, 1e-5 of the largest as on the CPU; in bf16 to its 2^-8, a few times."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     torch.manual_seed(0)
     network = models.create("wrn-16-2", 10).cuda().eval()
     x = torch.randn(8, 3, 32, 32, device="cuda")

@@ -1,6 +1,6 @@
 """What cannot be trained is one line, and leaves nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,30 +170,57 @@ def test_bad_images_make_the_loss_not_finite_at_their_step() -> None:
         run(config(), **own(train=(x, y)))
 
 
-def test_figures_are_computed_in_full_precision() -> None:
-    backends = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
-        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
-    with full_precision(torch.device("cuda")):
-        assert [backend.fp32_precision for backend in backends] == ["ieee"] * 3
-    assert [backend.fp32_precision for backend in backends] == before
+PRECISIONS: Any = torch.backends
+HANDLES = [
+    PRECISIONS.cuda.matmul,
+    PRECISIONS.mkldnn.matmul,
+    PRECISIONS.mkldnn.conv,
+    PRECISIONS.cudnn.conv,
+    PRECISIONS.cudnn.rnn,
+]
+"""Where torch's newer settings of fp32's products are."""
+
+
+@pytest.fixture
+def precisions() -> Iterator[Callable[[], list[str]]]:
+    """What is allowed now; afterwards it is as it was."""
+    all_of_torch = PRECISIONS.fp32_precision
+    before = [handle.fp32_precision for handle in HANDLES]
+    yield lambda: [handle.fp32_precision for handle in HANDLES]
+    PRECISIONS.fp32_precision = all_of_torch
+    torch.set_float32_matmul_precision("highest")
+    for handle, precision in zip(HANDLES, before, strict=True):
+        handle.fp32_precision = precision
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("allowed", ["high", "medium"])
-def test_whatever_products_a_caller_allowed(device: str, allowed: str) -> None:
-    """torch's older setting, which it refuses to multiply under where it contradicts the newer ones."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision(allowed)
-        with full_precision(torch.device(device)):
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cuda.matmul.allow_tf32  # raises where they contradict each other
-        assert torch.get_float32_matmul_precision() == allowed
-        assert torch.backends.cuda.matmul.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize("setting", ["nothing", "all", "products", "older high", "older medium", "older tf32"])
+def test_figures_are_computed_in_full_precision(setting: str, device: str, precisions: Callable[[], list[str]]) -> None:
+    """Whatever a caller allowed, by torch's newer settings or by its older ones, and with it allowed again after."""
+    if setting == "all":
+        PRECISIONS.fp32_precision = "tf32"
+    elif setting == "products":
+        PRECISIONS.cuda.matmul.fp32_precision = "tf32"
+        PRECISIONS.mkldnn.fp32_precision = "bf16"
+    elif setting == "older tf32":
+        PRECISIONS.cuda.matmul.allow_tf32 = True
+    elif setting.startswith("older"):
+        torch.set_float32_matmul_precision(setting.split()[1])
+    before = precisions()
+    with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device(device)):
+        inside = precisions()
+        assert (nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32) is (device == "cpu")
+    assert {"ieee", "none"} >= set(inside if device == "cuda" else inside[:3])
+    assert precisions() == before
+    if setting.startswith("older"):
+        assert torch.get_float32_matmul_precision() == ("medium" if setting == "older medium" else "high")
+
+
+def test_a_run_where_a_caller_allowed_less(precisions: Callable[[], list[str]]) -> None:
+    """By the newer settings: torch then refuses to say what the older one is."""
+    PRECISIONS.fp32_precision = "tf32"
+    settings = config()
+    assert len(run(settings, **own()).generations) == settings.generations + 1
 
 
 def test_without_momentum(tmp_path: Path) -> None:

@@ -16,6 +16,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(_name, None)
 
+EMULATED = os.environ.get("BAN_FAST_EMULATED_GPU") == "1"
+"""In a process of its own, by test_on_the_emulated_gpu.py: torch has the emulated GPU."""
+if EMULATED:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+collect_ignore = [] if EMULATED else ["test_emulated_gpu.py"]
+
 # Inductor keeps graphs on disk by what they call. One of a processor with wider vectors, or of operators as they were
 # before, is found again and computes something else: nothing that another run left is used.
 _COMPILED = tempfile.mkdtemp(prefix="compiled_by_tests_")
@@ -44,6 +51,13 @@ def backend(request: pytest.FixtureRequest) -> str:
         pytest.skip("ban_fast._native is not built")
     assert dispatch.available()[name] is None
     return name
+
+
+def pytest_configure() -> None:
+    if EMULATED:
+        import emulated_torch
+
+        emulated_torch.install()
 
 
 def pytest_unconfigure() -> None:

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import quick_interpreter
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -21,18 +22,5 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_calls() -> None:
-    """Once is enough to patch triton.language; the interpreter does so at every call in a kernel, 5 ms each."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patched: set[int] = set()
-
-    def call(self: object, *args: object, **kwargs: object) -> object:
-        names = id(self.fn.__globals__)  # type: ignore[attr-defined]
-        if names not in patched:
-            patched.add(names)
-            interpreter._patch_lang(self.fn)  # type: ignore[attr-defined]
-        return self.rewrite()(*args, **kwargs)  # type: ignore[attr-defined]
-
-    interpreter.InterpretedFunction.__call__ = call
+    if INTERPRETED:
+        quick_interpreter.install()

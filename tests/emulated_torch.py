@@ -19,7 +19,7 @@ _PROPERTIES = SimpleNamespace(
     total_memory=_BYTES,
     major=9,
     minor=0,
-    multi_processor_count=132,
+    multi_processor_count=2,  # as in the interpreter: a program has several rows there too
     L2_cache_size=50 << 20,
     shared_memory_per_block_optin=232_448,
 )

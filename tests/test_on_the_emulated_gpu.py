@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+TRITON = HERE / "backends" / "triton"
+LOSSES = TRITON / "test_triton_gpu.py"
 WHOLE_STEPS = HERE / "training" / "test_whole_step_gpu.py"
 
 
@@ -28,6 +30,34 @@ def test_whole_steps() -> None:
         runs = [pool.submit(emulated, "-m", "gpu", str(WHOLE_STEPS), "-k", half) for half in halves]
     for run in runs:
         run.result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (10, ["kd", "kd, rows", "kd, none", "cwtm", "cwtm, label", "cwtm, given", "dkpp"]),
+        (100, ["kd, rows", "cwtm"]),
+    ],
+)
+def test_losses_are_recorded_and_wait_for_nothing(classes: int, names: list[str]) -> None:
+    """Rows of which a program has many, and rows of one warp; more would take long to interpret."""
+    replays, waits = (
+        f"{LOSSES}::test_{test}" for test in ("a_captured_graph_replays_to_eager_s_bits", "the_host_never_waits")
+    )
+    cases = [f"{replays}[{name}-{classes}-dtype{dtype}]" for name in names for dtype in (0, 1)]
+    emulated("-m", "gpu", *cases, *(f"{waits}[{name}-{classes}]" for name in names))
+
+
+@pytest.mark.slow
+def test_dense_blocks() -> None:
+    names = ("test_no_host_sync_in_a_step", "test_eval_mode_and_no_grad")
+    emulated("-m", "gpu", *(f"{TRITON / 'test_triton_dense_gpu.py'}::{name}" for name in names))
+
+
+@pytest.mark.slow
+def test_augmentation() -> None:
+    emulated("-m", "gpu", f"{TRITON / 'test_triton_images_gpu.py'}::test_batches_are_the_cpus")
 
 
 @pytest.mark.slow

@@ -19,10 +19,10 @@ TEST = "test"
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No autocast, no products or convolutions of operands rounded to bf16 or TF32, as a caller may have allowed by
-    torch's older settings or by its newer ones; on a GPU convolutions are rounded to TF32 unless told otherwise."""
+    """No autocast, and no products, convolutions or LSTMs of operands rounded to bf16 or TF32: a caller may have
+    allowed it by torch's older settings or by its newer ones, and on a GPU torch does it unless told otherwise."""
     backends: Any = torch.backends
-    handles = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv]
+    handles = [backends.cuda.matmul, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     if device.type == "cuda":
         handles += [backends.cudnn.conv, backends.cudnn.rnn]
     before = [handle.fp32_precision for handle in handles]

@@ -175,6 +175,7 @@ HANDLES = [
     PRECISIONS.cuda.matmul,
     PRECISIONS.mkldnn.matmul,
     PRECISIONS.mkldnn.conv,
+    PRECISIONS.mkldnn.rnn,
     PRECISIONS.cudnn.conv,
     PRECISIONS.cudnn.rnn,
 ]
@@ -210,7 +211,7 @@ def test_figures_are_computed_in_full_precision(setting: str, device: str, preci
     with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device(device)):
         inside = precisions()
         assert (nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32) is (device == "cpu")
-    assert {"ieee", "none"} >= set(inside if device == "cuda" else inside[:3])
+    assert {"ieee", "none"} >= set(inside if device == "cuda" else inside[:4])
     assert precisions() == before
     if setting.startswith("older"):
         assert torch.get_float32_matmul_precision() == ("medium" if setting == "older medium" else "high")

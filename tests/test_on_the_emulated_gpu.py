@@ -62,7 +62,12 @@ def test_augmentation() -> None:
 
 @pytest.mark.slow
 def test_language_models() -> None:
-    emulated("-m", "gpu", str(HERE / "models" / "test_models_lstm_gpu.py"))
+    emulated("-m", "gpu", "-k", "not cudnn", str(HERE / "models" / "test_models_lstm_gpu.py"))
+
+
+@pytest.mark.slow
+def test_runs_of_language_models() -> None:
+    emulated("-m", "gpu", str(HERE / "training" / "test_text_run_gpu.py"))
 
 
 @pytest.mark.slow

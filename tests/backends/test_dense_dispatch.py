@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ban_fast.backends import dense_block, dense_dispatch
+from ban_fast.backends.dense_shape import Shape
 
 
 def on_cuda(dtype: torch.dtype, elements: int = 8) -> SimpleNamespace:
@@ -18,6 +19,16 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("kernels")
     monkeypatch.setattr(dense_dispatch, "_triton", lambda: module)
     return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("growth", [4, 33])
+def test_a_pixels_features_begin_where_16_bytes_do(growth: int, dtype: torch.dtype) -> None:
+    shape = Shape(2, 3, 3, 7, 3, 4 * growth, growth, dtype, torch.device("cpu"))
+    features = shape.features()
+    assert features.shape == (2, 3, 3, 7 + 3 * growth)
+    assert features.stride(2) * dtype.itemsize % 16 == 0
+    assert features.stride(2) * dtype.itemsize < (7 + 3 * growth) * dtype.itemsize + 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

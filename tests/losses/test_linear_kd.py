@@ -135,9 +135,15 @@ def test_any_dtypes(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> Non
         assert truth.relative_error(grad, exact) < torch.finfo(grad.dtype).eps / 2 + 3e-6
 
 
+@pytest.mark.parametrize("products", ["of fp32", "of halves"])
 @pytest.mark.parametrize("noise", [1e-3, 1e-2, 1e-1])
-def test_close_to_its_teacher_a_bf16_student_keeps_its_gradient(noise: float) -> None:
-    """The naive form rounds logits to bf16, and loses 13 % of the gradient or all of it; ours has its own rounding."""
+def test_close_to_its_teacher_a_bf16_student_keeps_its_gradient(
+    noise: float, products: str, request: pytest.FixtureRequest
+) -> None:
+    """The naive form rounds logits to bf16, and loses 13 % of the gradient or all of it; ours has its own rounding, and
+    that of the logits' gradient where it multiplies halves, as on a GPU."""
+    if products == "of halves":
+        request.getfixturevalue("wide_products")
     torch.manual_seed(0)
     rows, width, classes = 128, 64, 1000
     hidden = torch.randn(rows, width).bfloat16().requires_grad_()
@@ -152,8 +158,10 @@ def test_close_to_its_teacher_a_bf16_student_keeps_its_gradient(noise: float) ->
     exact, naive, ours = (torch.autograd.grad(loss, parameters) for loss in (exact, naive, ours))
     for target, theirs, value in zip(exact, naive, ours, strict=True):
         assert truth.relative_error(theirs, target) > 0.1
-        # rounding to bf16 is 2^-9 / sqrt(3) = 1.1e-3 at the worst place of its binade, 1.7e-3 was measured
-        assert truth.relative_error(value, target) < min(3e-3, truth.relative_error(theirs, target) / 10)
+        # rounding to bf16 is 2^-9 / sqrt(3) = 1.1e-3 at the worst place of its binade; 1.7e-3 was measured, and 2.8e-3
+        # where logits' gradients are rounded too
+        bound = 3e-3 if products == "of fp32" else 5e-3
+        assert truth.relative_error(value, target) < min(bound, truth.relative_error(theirs, target) / 10)
 
 
 def test_ignored_rows_are_not_read() -> None:

@@ -1,5 +1,6 @@
 """Wrong arguments of fused_linear_kd: a ValueError that names the argument and what it was."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -99,3 +100,27 @@ def test_a_label_out_of_range_is_named_by_its_row_in_the_batch(label_weight: flo
                 reduction=reduction,
                 chunk_bytes=1,
             )
+
+
+def test_its_signature() -> None:
+    """Hidden states, weight and labels by place, everything else by name."""
+    parameters = inspect.signature(fused_linear_kd).parameters.values()
+    by_place = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert by_place == ["student_hidden", "student_weight", "labels"]
+    named = {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert named == {
+        "teacher_logits": None,
+        "teacher_hidden": None,
+        "teacher_weight": None,
+        "student_bias": None,
+        "teacher_bias": None,
+        "temperature": 1.0,
+        "kd_weight": 1.0,
+        "label_weight": 0.0,
+        "scale_t2": True,
+        "ignore_index": -100,
+        "reduction": "mean",
+        "chunk_bytes": None,
+        "return_terms": False,
+    }
+    assert len(parameters) == len(by_place) + len(named)

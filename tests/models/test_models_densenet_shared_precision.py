@@ -61,7 +61,7 @@ def test_autocast(dtype):
 
     plain, ratio = compare(run)
     assert plain < 0.5
-    assert ratio < 1.5
+    assert ratio < 1.1  # 1.00 was measured for either, in the median of batches
 
 
 @pytest.mark.slow

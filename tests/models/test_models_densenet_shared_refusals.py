@@ -108,6 +108,29 @@ def test_other_dtypes_are_refused():
         through_block(torch.zeros(2, 20, 4, 4, dtype=torch.int32), [network.blocks[0][0].reduce.norm], [])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(2, 3, 8),
+        torch.zeros(2, 3, 8, 8, 1),
+        torch.zeros(2, 1, 8, 8),
+        torch.zeros(2, 3, 8, 8, dtype=torch.complex64),
+        torch.zeros(2, 3, 8, 8).to(torch.float8_e4m3fn),
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+    ],
+    ids=lambda wrong: f"{wrong.dim()}d {wrong.dtype}",
+)
+@pytest.mark.parametrize("memory", ["plain", "checkpoint", "shared"])
+def test_what_are_no_images_is_refused_alike(memory, wrong):
+    """One line that says what is taken."""
+    said = (
+        "must be torch.float32, as" if wrong.shape == (2, 3, 8, 8) else r"must be \[B, 3, H, W\] with H and W at least"
+    )
+    with pytest.raises(ValueError, match=said) as caught:
+        make(memory).float()(wrong)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("memory", ["plain", "checkpoint"])
 def test_sync_statistics_is_for_shared(memory):
     with pytest.raises(UserError, match=f'sync_statistics needs memory="shared", got {memory!r}; nn.SyncBatchNorm'):

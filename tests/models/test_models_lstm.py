@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ban_fast import models
 from ban_fast.errors import UserError
@@ -55,6 +56,24 @@ def test_the_large_models_on_the_meta_device() -> None:
             logits, state = model(words.long(), model.zero_state(words.shape[1]))
             assert logits.shape == (*words.shape[:2], 10_000)
             assert [tensor.shape for tensor in state] == [(2, words.shape[1], model.hidden)] * 2
+
+
+def test_the_papers_dropout() -> None:
+    """Section 4.2: 0.65 on embeddings, between layers and on the output; Kim et al.'s 0.5 between layers and on it."""
+    with torch.device("meta"):
+        for name, share in (("lstm-1500", 0.65), ("cnn-lstm", 0.5)):
+            model = models.create(name)
+            assert isinstance(model, models.LanguageModel)
+            assert (model.dropout.p, model.lstm.dropout) == (share, share)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_cpu_the_lstm_is_one_dnns(name: str) -> None:
+    model = create(name)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        model(tokens())[0].sum().backward()
+    names = {event.name for event in record.events()}
+    assert names >= {"aten::mkldnn_rnn_layer", "aten::mkldnn_rnn_layer_backward"}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ban_fast import models
 from ban_fast.losses import fused_linear_kd
@@ -53,6 +54,14 @@ def test_bf16_s_gradients_are_fp32_s_to_rounding(name: str) -> None:
         # where these were 0.03 to 0.16 off, and the others 0.03 at most.
         picks = key.startswith("cnn.embedding") or (key.startswith("cnn.convs") and key.endswith("weight"))
         assert relative(rounded[key], truth[key]) < (0.4 if picks else 0.05), key
+
+
+def test_the_lstm_is_cudnns() -> None:
+    model = models.create("lstm-64", 200).to(GPU)
+    tokens = torch.randint(200, (20, 16), device=GPU)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        model(tokens)[0].sum().backward()
+    assert {event.name for event in record.events()} >= {"aten::_cudnn_rnn", "aten::_cudnn_rnn_backward"}
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -1,10 +1,15 @@
 """Recipes are whole configurations, and the paper's hold the paper's numbers."""
 
+import math
+import random
+from pathlib import Path
+
 import pytest
 
 from ban_fast import recipes
 from ban_fast.config import Config
 from ban_fast.errors import UserError
+from ban_fast.training import run
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -71,3 +76,22 @@ def test_the_papers_language_models() -> None:
     assert small.optimizer == lstm.optimizer
     assert small.objective == lstm.objective, "the paper's sum of both terms"
     assert small.epochs < lstm.epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ptb-lstm", "ptb-cnn-lstm"])
+def test_the_papers_language_models_train(name: str, tmp_path: Path) -> None:
+    """Two steps a generation of the recipe as it is, at its full width, on a text of 300 words."""
+    draw = random.Random(0)
+    for split, lines in (("train", 1000), ("valid", 60), ("test", 60)):
+        text = (" ".join(f"word{draw.randrange(300)}" for _ in range(8)) for _ in range(lines))
+        (tmp_path / f"{split}.txt").write_text("\n".join(text) + "\n")
+    config = recipes.get(name)
+    config.data.name, config.max_steps, config.generations, config.device = str(tmp_path), 2, 1, "cpu"
+    teacher, student = run(config, out=tmp_path / "run").generations
+    assert (teacher["objective"], student["objective"]) == ("label", "ban+l")
+    widths = {"ptb-lstm": 4 * 2 * 1500 * (2 * 1500 + 2), "ptb-cnn-lstm": 4 * 650 * (1100 + 3 * 650 + 4)}
+    assert teacher["parameters"] == student["parameters"] > widths[name]  # the LSTM, in a model of fewer words
+    for record in (teacher, student):
+        assert 1 < record["test"]["perplexity"] < 1000
+        assert record["test"]["perplexity"] == pytest.approx(math.exp(record["test"]["nll"]))

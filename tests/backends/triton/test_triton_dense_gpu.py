@@ -3,16 +3,20 @@
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ban_fast import models
 from ban_fast.backends import dense_block, dense_dispatch
+from ban_fast.backends.dense_shape import Norm
 from ban_fast.backends.triton import dense
+from ban_fast.ops.dense_block import dense_block as ops_dense_block
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,6 +170,42 @@ def test_no_host_sync_in_a_step() -> None:
         step(network, x, labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_statistics_of_all_ranks_by_nccl(tmp_path: Path) -> None:
+    """Of one rank, gathered and summed by NCCL: the same as without it, made as they are and in a captured graph."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        by_nccl = dist.group.WORLD.group_name
+        entry, units, growth = 8, 2, 4
+        x, convs, norms = torch.randn(6, entry, 8, 8, device="cuda"), [], []
+        for unit in range(units):
+            width = entry + unit * growth
+            for shape in ((4 * growth, width, 1, 1), (growth, 4 * growth, 3, 3)):
+                convs.append(0.2 * torch.randn(*shape, device="cuda"))
+                norms.append(Norm(*torch.rand(2, shape[1], device="cuda"), None, None, 1e-5))
+        norms.append(Norm(*torch.rand(2, entry + units * growth, device="cuda"), None, None, 1e-5))
+
+        def answer(group: str) -> tuple[Tensor, Tensor]:
+            given = x.clone().requires_grad_()
+            y, _ = ops_dense_block(given, convs, norms, group=group)
+            return y.detach(), torch.autograd.grad(y.square().sum(), given)[0]
+
+        wanted = answer("")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found = [answer(by_nccl) for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.testing.assert_close(found[-1], wanted, rtol=1e-4, atol=1e-4)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = answer(by_nccl)
+        graph.replay()
+        torch.testing.assert_close(captured, wanted, rtol=1e-4, atol=1e-4)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_eval_mode_and_no_grad() -> None:

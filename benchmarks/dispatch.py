@@ -7,6 +7,7 @@ of rows, classes and dtypes; the other devices' tables stay as they are. Under t
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from ban_fast.backends import dispatch, table
+from ban_fast.errors import first_line
 from ban_fast.losses import CWTMLoss, DKPPLoss, KDLoss
 from benchmarks import cuda, machine
 from benchmarks.harness import Lap, calls_for, interleave, lap_of, quantiles, rounds_for
@@ -147,26 +149,42 @@ def step(loss: str, backend: str, device: str, dtype: torch.dtype, shape: Shape)
 def laps(steps: dict[str, Callable[[], object]], device: str) -> Laps:
     """Laps of the backends in turn, or one each where the reference is slower beyond doubt.
 
-    RuntimeError where a backend fails.
+    Without those that fail, which is said; where the reference does, its error.
     """
     calls = {name: cuda.synchronized(call) if device == "cuda" else call for name, call in steps.items()}
-    first = {name: _seconds(call) for name, call in calls.items()}  # of others than the reference it may compile
-    second = {name: _seconds(call) for name, call in calls.items() if name != "reference"}
-    if first["reference"] > max(CELL_SECONDS, CLEAR * max(second.values())):
+    first: dict[str, float] = {}  # of others than the reference it may compile
+    second: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            first[name] = _seconds(call)
+            if name != "reference":
+                second[name] = _seconds(call)
+        except Exception as error:  # as where memory ends
+            _leave_out(name, error)
+            first.pop(name, None)
+    if first["reference"] > max(CELL_SECONDS, CLEAR * max(second.values(), default=math.inf)):
         return Laps({name: [seconds] for name, seconds in (first | second).items()})
     second["reference"] = _seconds(calls["reference"])
-    turns = {name: _lap(steps[name], second[name], device) for name in steps}
+    turns = {name: _lap(steps[name], second[name], device) for name in first}
     rounds = rounds_for(sum(calls_for(seconds) * seconds for seconds in second.values()), CELL_SECONDS)
-    found = Laps({name: [] for name in steps})
+    found = Laps({name: [] for name in first})
     for _ in range(REPEATS):
         times, failures = interleave(turns, rounds)
-        for error in failures.values():
-            raise error
+        for name, error in failures.items():
+            _leave_out(name, error)
+            del turns[name], found.seconds[name]
         for name, more in times.items():
             found.seconds[name].extend(more)
         if found.decided():
             break
     return found
+
+
+def _leave_out(backend: str, error: Exception) -> None:
+    """Say that a backend failed, and so is not chosen. Without the reference nothing can be judged."""
+    if backend == "reference":
+        raise error
+    print(f"{backend} is left out of a cell: {first_line(error)}", file=sys.stderr)
 
 
 def _lap(call: Callable[[], object], seconds: float, device: str) -> Lap:

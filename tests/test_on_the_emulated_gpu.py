@@ -61,6 +61,11 @@ def test_augmentation() -> None:
 
 
 @pytest.mark.slow
+def test_folded_teachers() -> None:
+    emulated("-m", "gpu", f"{HERE / 'training' / 'test_teacher_folding_gpu.py'}::test_live_cached_and_recorded")
+
+
+@pytest.mark.slow
 def test_language_models() -> None:
     emulated("-m", "gpu", "-k", "not cudnn", str(HERE / "models" / "test_models_lstm_gpu.py"))
 

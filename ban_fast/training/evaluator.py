@@ -26,29 +26,24 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         handles += [backends.cudnn.conv, backends.cudnn.rnn]
     before = [handle.fp32_precision for handle in handles]
-    allowed = _allowed_products()
     try:
-        if allowed != "highest":  # torch refuses products where this and the handles disagree
-            torch.set_float32_matmul_precision("highest")
         for handle in handles:
             if handle.fp32_precision != "none":  # which is full precision, and goes with what is set for all
                 handle.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
+        # torch refuses products where its older setting allows more than these; asked before, it could refuse to say.
+        allowed = torch.get_float32_matmul_precision()
         if allowed != "highest":
-            torch.set_float32_matmul_precision(allowed)
+            torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            if allowed != "highest":
+                torch.set_float32_matmul_precision(allowed)
+    finally:
         for handle, precision in zip(handles, before, strict=True):
             if handle.fp32_precision != precision:
                 handle.fp32_precision = precision
-
-
-def _allowed_products() -> str:
-    """torch's older setting. It can't be asked for where the newer ones say something else; then they hold."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return "highest"
 
 
 class Evaluator:

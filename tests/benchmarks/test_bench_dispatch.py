@@ -1,6 +1,8 @@
 """The table behind backend="auto" is what `benchmarks.dispatch` measured, of the kernels that are there now."""
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,32 @@ def test_a_reference_that_is_slow_beyond_doubt_is_called_once(monkeypatch: pytes
     found = measured.laps({"reference": call("reference"), "native": call("native")}, "cpu")
     assert found.seconds == {"reference": [1.0], "native": [0.1]}
     assert counts == {"reference": 1, "native": 2}
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 9])
+def test_a_backend_that_fails_is_not_chosen(
+    call: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At whichever call; the reference's error ends it, as without it nothing can be judged."""
+    monkeypatch.setattr(measured, "CELL_SECONDS", 1e-3)
+    monkeypatch.setattr(measured, "CLEAR", math.inf)  # the reference has rounds too
+
+    def failing(call: int) -> Callable[[], None]:
+        numbers = itertools.count(1)
+
+        def count() -> None:
+            if next(numbers) >= call:
+                raise RuntimeError("out of memory\nand more")
+
+        return count
+
+    found = measured.laps({"reference": lambda: None, "native": failing(call), "triton": lambda: None}, "cpu")
+    assert set(found.seconds) == {"reference", "triton"}
+    assert capsys.readouterr().err == "native is left out of a cell: out of memory\n"
+    alone = measured.laps({"reference": lambda: None, "native": failing(call)}, "cpu")
+    assert measured.fastest(alone.to_dict()) == "reference"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measured.laps({"reference": failing(call), "native": lambda: None}, "cpu")
 
 
 @pytest.mark.parametrize(("native", "rounds"), [([0.5] * 25, 5), ([0.5, 2.0, 0.5, 2.0, 0.5] * 5, 25)])

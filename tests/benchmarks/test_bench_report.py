@@ -277,9 +277,13 @@ def test_half_a_build_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not checks.build()["passed"]
 
 
-@pytest.mark.parametrize(("asked", "wanted"), [(None, ["env", "BAN_FAST_CUDA_ARCHS=90"]), ("80", [])])
-def test_on_a_gpu_it_builds_for_that_one(monkeypatch: pytest.MonkeyPatch, asked: str | None, wanted: list[str]) -> None:
-    """Unless the environment says for which."""
+@pytest.mark.parametrize("compiler", [None, "/cuda/bin/nvcc"])
+@pytest.mark.parametrize(("asked", "wanted"), [(None, ["BAN_FAST_CUDA_ARCHS=90"]), ("80", [])])
+def test_on_a_gpu_it_builds_for_that_one(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, wanted: list[str], compiler: str | None
+) -> None:
+    """Unless the environment says for which; and where there is a compiler, not without it."""
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
     commands: list[list[str]] = []
 
     def built(command: list[str], limit: float) -> subprocess.CompletedProcess[str]:
@@ -294,8 +298,8 @@ def test_on_a_gpu_it_builds_for_that_one(monkeypatch: pytest.MonkeyPatch, asked:
     if asked is not None:
         monkeypatch.setenv("BAN_FAST_CUDA_ARCHS", asked)
     assert checks.build()["passed"]
-    assert commands[0][: len(wanted)] == wanted
-    assert commands[0][len(wanted)] == sys.executable
+    start = commands[0].index(sys.executable)
+    assert commands[0][:start] == ["env", *(["BAN_FAST_CUDA=on"] if compiler else []), *wanted]
 
 
 def test_a_run_in_which_all_goes_well(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

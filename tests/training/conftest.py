@@ -26,6 +26,15 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def deterministic_kernels() -> Iterator[None]:
+    """On a GPU two runs can only be compared where each would meet its own bits again."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+@pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Emulated]:
     """Every generation is trained by replays, of 1, 2 or 4 steps of the epochs' 4; the one named is the quickest."""
     # Tables that move while a run goes on, and a teacher that sees two batches at a time: of batches served too.

@@ -195,7 +195,7 @@ def precisions() -> Iterator[Callable[[], list[str]]]:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("setting", ["nothing", "all", "products", "older high", "older medium", "older tf32"])
+@pytest.mark.parametrize("setting", ["nothing", "all", "products", "both", "older high", "older medium", "older tf32"])
 def test_figures_are_computed_in_full_precision(setting: str, device: str, precisions: Callable[[], list[str]]) -> None:
     """Whatever a caller allowed, by torch's newer settings or by its older ones, and with it allowed again after."""
     if setting == "all":
@@ -203,6 +203,9 @@ def test_figures_are_computed_in_full_precision(setting: str, device: str, preci
     elif setting == "products":
         PRECISIONS.cuda.matmul.fp32_precision = "tf32"
         PRECISIONS.mkldnn.fp32_precision = "bf16"
+    elif setting == "both":
+        torch.set_float32_matmul_precision("high")
+        PRECISIONS.mkldnn.matmul.fp32_precision = "bf16"
     elif setting == "older tf32":
         PRECISIONS.cuda.matmul.allow_tf32 = True
     elif setting.startswith("older"):
@@ -210,6 +213,7 @@ def test_figures_are_computed_in_full_precision(setting: str, device: str, preci
     before = precisions()
     with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device(device)):
         inside = precisions()
+        assert not PRECISIONS.cuda.matmul.allow_tf32  # raises, as a GPU's products would, where settings disagree
         assert (nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32) is (device == "cpu")
     assert {"ieee", "none"} >= set(inside if device == "cuda" else inside[:4])
     assert precisions() == before

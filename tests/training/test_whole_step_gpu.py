@@ -1,6 +1,6 @@
 """What only a GPU can show of steps recorded as CUDA graphs: eager bits, no waits, rows that move. `pytest -m gpu`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,9 @@ from ban_fast.training import Interrupted, recorded, run, run_together, whole_st
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("deterministic_kernels"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def deterministic_kernels() -> Iterator[None]:
-    """Two runs can only be compared where each would meet its own bits again."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.backends.cudnn.deterministic = before
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,10 @@ REMADE = 1 + 2
 def fp32(how: str) -> Iterator[None]:
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = how
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def small(memory: str) -> nn.Module:

@@ -9,6 +9,8 @@ torch.mm is MKL's and slower), chunk by chunk: it is judged by the faster of the
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -38,6 +40,15 @@ ALONE = PRODUCTS, OWN_PRODUCTS
 """Less than a loss."""
 TIME_TARGET, MEMORY_TARGET = 1.15, 0.25
 """On a CPU, of the faster products' time and of the eager forms' memory, whichever takes less."""
+LIGER = "Liger fused linear JSD, beta 0"
+GPU_TARGETS = {
+    "ms": ("<=", 32.0),
+    "share of the products' speed": (">=", 0.85),
+    "Liger's time over ours": (">=", 1.6),
+    "GB beside the gradients": ("<=", 0.6),
+    "error near the teacher over Liger's": ("<=", 0.1),
+}
+"""On a GPU, of the case with a teacher by hidden states."""
 SECONDS = 20.0
 """For the rounds of a case in one setting, `LEAST_ROUNDS` at least."""
 LEAST_ROUNDS = 5
@@ -109,8 +120,8 @@ def make_inputs(case: Case, regime: str, device: torch.device) -> Inputs:
     return Inputs(hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), teacher, teacher_weight)
 
 
-def steps() -> dict[str, Step]:
-    """Every provider that this torch has."""
+def steps(case: Case | None = None, device: str = "cpu") -> dict[str, Step]:
+    """Every provider that this torch has; Liger's where it is installed, for a GPU's cases by hidden states."""
     found: dict[str, Step] = {
         PRODUCTS: _products,
         OWN_PRODUCTS: _own_products,
@@ -123,6 +134,9 @@ def steps() -> dict[str, Step]:
     }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["F.linear_cross_entropy, chunked"] = partial(_backward, _torch_chunked)
+    by_hidden_states = case is not None and case.teacher_width is not None
+    if by_hidden_states and device.startswith("cuda") and importlib.util.find_spec("liger_kernel") is not None:
+        found[LIGER] = partial(_backward, _liger)
     return found
 
 
@@ -194,6 +208,15 @@ def _torch_chunked(inputs: Inputs) -> Tensor:
     return F.linear_cross_entropy(inputs.hidden, inputs.weight, target, options=options)
 
 
+def _liger(inputs: Inputs) -> Tensor:
+    """KL(teacher || student), by chunks of Liger's own; beta 0 is that."""
+    liger = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
+    loss: Tensor = liger.LigerFusedLinearJSD(jsd_beta=0.0)(
+        inputs.hidden, inputs.weight, inputs.teacher, inputs.teacher_weight, None
+    )
+    return loss
+
+
 def truth(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """d loss / d hidden and d loss / d weight in float64 by their formulas, some rows at a time."""
     hidden, weight = inputs.hidden.detach().double(), inputs.weight.detach().double()
@@ -215,7 +238,7 @@ def errors(case: Case, device: torch.device) -> dict[str, dict[str, float]]:
     for regime in ("random", "near"):
         inputs = make_inputs(case, regime, device)
         exact = truth(inputs)
-        for name, step in steps().items():
+        for name, step in steps(case, device.type).items():
             if name not in ALONE:
                 pairs = zip(step(inputs)[1:], exact, strict=True)
                 worst = max(float((value.double() - target).norm() / target.norm()) for value, target in pairs)
@@ -226,7 +249,7 @@ def errors(case: Case, device: torch.device) -> dict[str, dict[str, float]]:
 def times(case: Case, device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Seconds a call of every provider, in turn."""
     inputs = make_inputs(case, "random", device)
-    calls = {name: partial(step, inputs) for name, step in steps().items()}
+    calls = {name: partial(step, inputs) for name, step in steps(case, device.type).items()}
     if device.type == "cuda":
         calls = {name: synchronized(call) for name, call in calls.items()}  # type: ignore[misc]
     found: dict[str, list[float]] = {name: [] for name in calls}
@@ -249,9 +272,10 @@ def _rounds(seconds: float) -> Iterator[None]:
 def peak_bytes(case: Case, name: str, device: torch.device) -> int | None:
     """What a call holds at most beyond its inputs, the gradients that it returns included; None where nobody counts."""
     inputs = make_inputs(case, "random", device)
-    step = steps()[name]
-    small = make_inputs(Case(rows=8, width=16, classes=50, dtype=case.dtype), "random", device)
-    step(small)
+    step = steps(case, device.type)[name]
+    teacher_width = None if case.teacher_width is None else 16
+    small = Case(rows=8, width=16, classes=50, dtype=case.dtype, teacher_width=teacher_width)
+    step(make_inputs(small, "random", device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -297,10 +321,11 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         environments = {DEFAULT: {}, TUNED: TUNING}
     laps = {name: ask({**request, "what": "times"}, variables) for name, variables in environments.items()}
-    names = [name for name in steps() if name not in ALONE]
+    names = [name for name in steps(case, device) if name not in ALONE]
     memory = {name: ask({**request, "what": "memory", "provider": name}, EXACT_MALLOC) for name in names}
     return {
         "case": asdict(case),
+        "device": device,
         "title": case.title,
         "ms": {
             setting: {name: [1e3 * q for q in quantiles(each)] for name, each in found.items()}
@@ -327,6 +352,37 @@ def verdict(record: dict[str, Any]) -> dict[str, float | None]:
     return found
 
 
+def verdict_on_gpu(record: dict[str, Any]) -> dict[str, float | None]:
+    """What `GPU_TARGETS` bound, None where it was not measured; {} of other cases than theirs."""
+    case, ms = Case(**record["case"]), {name: each[1] for name, each in record["ms"]["plain"].items()}
+    if case.teacher_width is None:
+        return {}
+    memory, near = record["peak_bytes"][OURS], record["errors"][OURS]["near"]
+    gradients = TORCH_DTYPE[case.dtype].itemsize * (case.rows + case.classes) * case.width  # type: ignore[index]
+    return {
+        "ms": ms[OURS],
+        "share of the products' speed": min(ms[name] for name in ALONE) / ms[OURS],
+        "Liger's time over ours": ms[LIGER] / ms[OURS] if LIGER in ms else None,
+        "GB beside the gradients": None if memory is None else (memory - gradients) / 1e9,
+        "error near the teacher over Liger's": near / record["errors"][LIGER]["near"] if LIGER in ms else None,
+    }
+
+
+def _judged(record: dict[str, Any]) -> list[str]:
+    """Each target and what came of it; a record from before GPUs had any is a CPU's."""
+    if record.get("device", "cpu") == "cpu":
+        return [
+            f"{what}: {value:.2f} (target {MEMORY_TARGET if what == 'memory' else TIME_TARGET})"
+            for what, value in verdict(record).items()
+            if value is not None
+        ]
+    found = []
+    for what, value in verdict_on_gpu(record).items():
+        how, bound = GPU_TARGETS[what]
+        found.append(f"{what}: {'not measured' if value is None else f'{value:.3g}'} (target {how} {bound:.4g})")
+    return found
+
+
 def table(record: dict[str, Any]) -> str:
     """A record as Markdown."""
     settings = list(record["ms"])
@@ -340,12 +396,7 @@ def table(record: dict[str, Any]) -> str:
         row.append("" if memory is None else f"{memory / 1e6:.0f}")
         rows.append(row + [f"{wrong[regime]:.1e}" if regime in wrong else "" for regime in ("random", "near")])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    judged = [
-        f"{what}: {value:.2f} (target {MEMORY_TARGET if what == 'memory' else TIME_TARGET})"
-        for what, value in verdict(record).items()
-        if value is not None
-    ]
-    return "\n".join([f"### {record['title']}", "", *lines, "", "; ".join(judged), ""])
+    return "\n".join([f"### {record['title']}", "", *lines, "", "; ".join(_judged(record)), ""])
 
 
 def main(arguments: list[str] | None = None) -> None:

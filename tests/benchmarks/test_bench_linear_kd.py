@@ -1,13 +1,17 @@
 """The benchmark of fused_linear_kd: providers that agree, the clock's rounds, the table and its verdict."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
+from ban_fast.losses import fused_linear_kd
 from ban_fast.ops import linear_kd_chunks, products
 from benchmarks import linear_kd
-from benchmarks.linear_kd import ALONE, OURS, OWN_PRODUCTS, PRODUCTS, Case, table, verdict
+from benchmarks.linear_kd import ALONE, LIGER, OURS, OWN_PRODUCTS, PRODUCTS, Case, table, verdict
 
 CPU = torch.device("cpu")
 CASES = [Case(rows=40, width=8, classes=300, dtype=dtype) for dtype in ("fp32", "bf16")]
@@ -81,3 +85,56 @@ def test_the_table_and_its_verdict() -> None:
     record["peak_bytes"] = dict.fromkeys(record["peak_bytes"])
     assert verdict(record)["memory"] is None
     assert "memory" not in table(record).splitlines()[-1]
+
+
+def test_what_a_gpu_is_held_to() -> None:
+    """The case by hidden states; without Liger's figures those beside it are not measured."""
+    case = Case(rows=8192, width=2048, classes=128_256, dtype="bf16", teacher_width=4096)
+    gradients = 2 * (8192 + 128_256) * 2048
+    record = {
+        "case": linear_kd.asdict(case),
+        "device": "cuda",
+        "title": case.title,
+        "ms": {"plain": {PRODUCTS: [27.0, 28.0, 29.0], OWN_PRODUCTS: [29.0] * 3, OURS: [31.0, 32.0, 33.0]}},
+        "peak_bytes": {OURS: gradients + 500_000_000},
+        "errors": {OURS: {"random": 2e-3, "near": 2e-3}},
+    }
+    assert linear_kd.verdict_on_gpu(record) == {
+        "ms": 32.0,
+        "share of the products' speed": 0.875,
+        "Liger's time over ours": None,
+        "GB beside the gradients": 0.5,
+        "error near the teacher over Liger's": None,
+    }
+    assert "ms: 32 (target <= 32)" in table(record)
+    assert "Liger's time over ours: not measured (target >= 1.6)" in table(record)
+    record["ms"]["plain"][LIGER] = [63.0, 64.0, 65.0]
+    record["errors"][LIGER] = {"random": 2e-3, "near": 4e-2}
+    assert linear_kd.verdict_on_gpu(record)["Liger's time over ours"] == 2
+    assert math.isclose(linear_kd.verdict_on_gpu(record)["error near the teacher over Liger's"], 0.05)
+    assert set(linear_kd.verdict_on_gpu(record)) == set(linear_kd.GPU_TARGETS)
+    logits = Case(rows=8, width=4, classes=9, dtype="bf16")
+    assert linear_kd.verdict_on_gpu({**record, "case": linear_kd.asdict(logits)}) == {}
+
+
+def test_liger_is_asked_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For KL(teacher || student) from hidden states, on a GPU."""
+    asked: list[float] = []
+
+    class LigerFusedLinearJSD:
+        def __init__(self, jsd_beta: float) -> None:
+            asked.append(jsd_beta)
+
+        def __call__(self, hidden: Tensor, weight: Tensor, teacher: Tensor, taught: Tensor, labels: None) -> Tensor:
+            return fused_linear_kd(hidden, weight, labels, teacher_hidden=teacher, teacher_weight=taught)
+
+    module = SimpleNamespace(LigerFusedLinearJSD=LigerFusedLinearJSD)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.fused_linear_jsd", module)
+    assert LIGER not in linear_kd.steps(BY_HIDDEN, "cpu")
+    assert LIGER not in linear_kd.steps(CASES[1], "cuda")
+    step = linear_kd.steps(BY_HIDDEN, "cuda")[LIGER]
+    inputs = linear_kd.make_inputs(BY_HIDDEN, "random", CPU)
+    for value, wanted in zip(step(inputs), linear_kd.steps()[OURS](inputs), strict=True):
+        assert torch.equal(value, wanted)
+    assert asked == [0.0]
